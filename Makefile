@@ -1,0 +1,34 @@
+# `make analyze` and `make test` need a Python 3.11 to 3.13 and nothing else; they set up .venv once.
+PYTHON ?= python3
+PAIRS ?= 500
+# More options for the analysis, such as ARGS="--data folder:visible:infrared --model resnet50".
+ARGS ?=
+BIN := .venv/bin
+# One thread a process: the suite runs two processes side by side, and sums then do not depend on the machine.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: analyze test slow lint install test-install clean
+.DEFAULT_GOAL := analyze
+
+analyze: install
+	@$(BIN)/freqkd-analyze layers --pairs $(PAIRS) $(ARGS)
+
+test: test-install
+	@$(PYTEST) -q -n 2 $(ARGS)
+
+slow: test-install
+	@$(PYTEST) -q -m slow $(ARGS)
+
+lint: test-install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+install:
+	@$(PYTHON) tools/bootstrap.py run
+
+test-install:
+	@$(PYTHON) tools/bootstrap.py test
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

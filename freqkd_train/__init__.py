@@ -1,0 +1,1 @@
+"""Frequency-decoupled distillation from RGB to infrared: the part of freqkd that is still to come."""
