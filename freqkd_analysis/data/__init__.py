@@ -1,0 +1,1 @@
+"""Pairs of visible and infrared images: records, decoding, layouts, synthetic scenes, verification."""
