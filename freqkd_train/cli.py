@@ -6,7 +6,7 @@ import argparse
 
 from freqkd_analysis import __version__
 
-NOT_YET = f"freqkd-train: distillation is not in freqkd {__version__} yet; what is there is the analysis: freqkd-analyze --help"
+NOT_YET = f"freqkd-train: distillation is not in freqkd {__version__} yet; for the analysis: freqkd-analyze --help"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,135 @@
+"""One set of conditions for every test: one thread, no network, no weights of the user's, no colour, seeded.
+
+Real pairs and weights come from the folder that FREQKD_TEST_DATA names (data/pairs, data/benchmarks, weights);
+without it the tests that need them are skipped by name.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+# Before anything imports a numerical library: they read these once.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("freqkd", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("freqkd")
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # for child processes too, which the socket guard below does not reach
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MPLBACKEND": "Agg",
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+    "COLUMNS": "120",
+}
+_COLOUR = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs once a process, so that doctests in the packages are under the same conditions as the tests."""
+    os.environ.update(_ENVIRONMENT)
+    # An empty cache: a run of the suite must not depend on what its user has downloaded before.
+    os.environ["HF_HOME"] = str(config.rootpath / ".pytest_cache" / "no-hub")
+    for name in _COLOUR:
+        os.environ.pop(name, None)
+    _guard_sockets()
+
+
+def _guard_sockets() -> None:
+    """Let a socket reach this machine alone; everything else fails at once and says so."""
+    connect, connect_ex, resolve = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+    local = ("localhost", "127.0.0.1", "::1", "", None)
+
+    def check(host: Any) -> None:
+        host = host.decode() if isinstance(host, bytes) else host
+        if host not in local and not str(host).startswith("127."):
+            raise OSError(f"the tests run without a network, but something asked for {host}")
+
+    def address_host(self: socket.socket, address: Any) -> Any:
+        return None if self.family == socket.AF_UNIX else address[0]
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        check(address_host(self, address))
+        return connect(self, address)
+
+    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
+        check(address_host(self, address))
+        return connect_ex(self, address)
+
+    def guarded_resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+        check(host if host != socket.gethostname() else "localhost")
+        return resolve(host, *arguments, **options)
+
+    socket.socket.connect = guarded_connect  # type: ignore[method-assign]
+    socket.socket.connect_ex = guarded_connect_ex  # type: ignore[method-assign]
+    socket.getaddrinfo = guarded_resolve
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Every test starts from the same global random state and one thread, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (third parties may draw from it; ours use generators)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fresh generator with a fixed seed."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder FREQKD_TEST_DATA. Skips without the variable; fails when it names no folder."""
+    named = os.environ.get("FREQKD_TEST_DATA")
+    if not named:
+        pytest.skip("real data: FREQKD_TEST_DATA is not set")
+    folder = Path(named).resolve()
+    if not folder.is_dir():
+        pytest.fail(f"FREQKD_TEST_DATA is {named}, which is not a folder")
+    return folder
+
+
+def _part(folder: Path) -> Path:
+    if not folder.is_dir():
+        pytest.fail(f"FREQKD_TEST_DATA holds no {folder.name} at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kit(real_data: Path) -> Path:
+    """Real pairs: visible/, infrared/ and manifest.csv, the root of `kit:ROOT`."""
+    return _part(real_data / "data" / "pairs")
+
+
+@pytest.fixture(scope="session")
+def benchmarks(real_data: Path) -> Path:
+    """Real samples in the layouts of public data sets."""
+    return _part(real_data / "data" / "benchmarks")
+
+
+@pytest.fixture(scope="session")
+def weights(real_data: Path) -> Path:
+    """Real trained weights: *.safetensors with manifest.json."""
+    return _part(real_data / "weights")
