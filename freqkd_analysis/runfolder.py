@@ -1,0 +1,192 @@
+"""A finished run folder, read once: manifest, small tables, and which rows carry the primary answer.
+
+Reading and formatting only. What figures, report, methods paragraph and console table have in common lives here, so
+that they cannot disagree on which row is the answer or how a number is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from freqkd_analysis import schema
+from freqkd_analysis.errors import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PRIMARY_MEASURE = "cosine"
+PRIMARY_CONDITIONS = ("mean_removed", "paired")
+"""The measure and condition fixed before looking: the first of these conditions that the run holds."""
+
+CEILINGS = {"mean_removed": "mean_removed_shuffled", "mean_removed_shuffled": "mean_removed_shuffled"}
+"""The condition that says "unrelated scenes" for another one; `shuffled` for all that are not listed."""
+
+CONVERGENCE_COLUMNS = ["condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high"]
+MISSING = "not recorded"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run folder that are small enough to hold; `spectra.parquet` is read where it is needed."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    summary: pd.DataFrame
+    ratio: pd.DataFrame
+    convergence: pd.DataFrame | None
+    weights: dict[str, Any]
+    """band_weights.json, or empty."""
+    verdict: dict[str, Any] = field(default_factory=dict)
+    """verdict.json, or empty."""
+
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """A value deep in the manifest, or `default` where any step is missing or null."""
+        value: Any = self.manifest
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return default if value is None else value
+
+    @property
+    def measure(self) -> str:
+        """The primary measure of this run: verdict.json's, else `cosine`, else the first one that was computed."""
+        known = list(dict.fromkeys(self.ratio["measure"])) or list(dict.fromkeys(self.summary["measure"]))
+        for name in (self.verdict.get("measure"), PRIMARY_MEASURE):
+            if name in known:
+                return str(name)
+        return str(known[0]) if known else PRIMARY_MEASURE
+
+    @property
+    def condition(self) -> str:
+        """The condition that the verdict is read from: verdict.json's, else `mean_removed`, else `paired`."""
+        known = set(self.ratio["condition"])
+        for name in (self.verdict.get("condition"), *PRIMARY_CONDITIONS):
+            if name in known:
+                return str(name)
+        return PRIMARY_CONDITIONS[-1]
+
+    @property
+    def bands(self) -> list[str]:
+        """Band names from low to high."""
+        names = self.weights.get("bands", {}).get("names")
+        return [str(n) for n in names] if names else list(dict.fromkeys(self.summary["band"].astype(str)))
+
+    def band_text(self, name: str) -> str:
+        """`low [0, 0.125)` where the edges are known, else the bare name; cycles per token."""
+        bands = self.weights.get("bands", {})
+        if name not in bands.get("names", []):
+            return name
+        i = bands["names"].index(name)
+        return f"{name} [{bands['f_lo'][i]:.3g}, {bands['f_hi'][i]:.3g})"
+
+    def tap(self, layer: int | str) -> str:
+        """The network's own name of a layer, or an empty string."""
+        for tap in self.get("taps", default=[]):
+            if str(tap.get("layer")) == str(layer):
+                return str(tap.get("tap", ""))
+        return ""
+
+
+def read_run(folder: Path) -> Run:
+    """Read the manifest and the small tables of a run folder.
+
+    Args:
+        folder: the `--out` folder of a finished `layers` run, after its tables were computed.
+    Returns: a `Run`; convergence, band weights and verdict may be absent (None or empty).
+    Raises: RunError when the folder, its manifest, summary.csv or ratio.csv is missing or unreadable.
+
+    Example:
+        >>> read_run(Path("none"))
+        Traceback (most recent call last):
+        ...
+        freqkd_analysis.errors.RunError: no run folder none; expected the --out folder of `freqkd-analyze layers`.
+    """
+    if not folder.is_dir():
+        raise RunError(f"no run folder {folder}; expected the --out folder of `freqkd-analyze layers`.")
+    return Run(
+        folder=folder,
+        manifest=_json(folder / "manifest.json", required=True),
+        summary=schema.read(folder / "summary.csv"),
+        ratio=schema.read(folder / "ratio.csv"),
+        convergence=_convergence(folder / "convergence.csv"),
+        weights=_json(folder / "band_weights.json"),
+        verdict=_json(folder / "verdict.json"),
+    )
+
+
+def rows(table: pd.DataFrame, **values: str) -> pd.DataFrame:
+    """The rows whose columns equal `values`, layers in order (0, 1, .., `all` last), index reset.
+
+    Example:
+        >>> import pandas as pd
+        >>> t = pd.DataFrame({"layer": ["all", "10", "9"], "measure": "mse", "mean": [2.0, 1.0, 0.0]})
+        >>> list(rows(t, measure="mse")["layer"])
+        ['9', '10', 'all']
+    """
+    keep = table
+    for column, value in values.items():
+        keep = keep[keep[column].astype(str) == value]
+    order = keep["layer"].map(layer_order)
+    return keep.assign(_order=order).sort_values("_order", kind="stable").drop(columns="_order").reset_index(drop=True)
+
+
+def layer_order(layer: Any) -> float:
+    """Sort key of a layer: its number; `all` comes last."""
+    text = str(layer)
+    return math.inf if text == "all" else float(text)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with `digits` significant digits, an en dash for nothing.
+
+    Example:
+        >>> number(2.4178), number(float("nan")), number(1234567.0), number(0.00001234)
+        ('2.42', '–', '1.23e+06', '1.23e-05')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    value = float(value)
+    return f"{value:#.{digits}g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else f"{value:.{digits}g}"
+
+
+def interval(low: Any, high: Any, digits: int = 3) -> str:
+    """`[low, high]`, or an empty string when either end is missing.
+
+    Example:
+        >>> interval(1.2, 3.4), interval(None, 3.4)
+        ('[1.20, 3.40]', '')
+    """
+    ends = number(low, digits), number(high, digits)
+    return "" if "–" in ends else f"[{ends[0]}, {ends[1]}]"
+
+
+def text(value: Any) -> str:
+    """A cell of a text column: an empty string for a missing one."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _json(path: Path, required: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise RunError(f"no {path.name} in {path.parent}; expected the folder of a finished layers run.")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} is not readable JSON ({error}); run `freqkd-analyze layers` again.") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds a {type(value).__name__}, expected an object; run `freqkd-analyze layers` again.")
+    return value
+
+
+def _convergence(path: Path) -> pd.DataFrame | None:
+    import pandas as pd
+
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path, dtype={"layer": "str"})
+    schema.check(table, dict.fromkeys(CONVERGENCE_COLUMNS, "float64"), path.name)
+    return table
