@@ -126,7 +126,7 @@ def parse_range(conversion: str) -> tuple[float, float]:
     try:
         low, high = (float(number) for number in numbers)
     except ValueError:
-        raise DataError(f'expected range:LO:HI with two numbers, got "{conversion}"; such as range:7000:9000.') from None
+        raise DataError(f'expected range:LO:HI with two numbers, got "{conversion}"; e.g. range:7000:9000.') from None
     if not (np.isfinite([low, high]).all() and low < high):
         raise DataError(f'expected LO below HI in range:LO:HI, got "{conversion}".')
     return low, high
@@ -214,7 +214,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise DataError(_too_large(path, "far more pixels")) from None
     except UnidentifiedImageError:
-        raise DataError(f"{path} is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image; replace it.") from None
+        raise DataError(f"{path} is no image of kind {', '.join(FORMATS)}; replace it.") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} is corrupt or truncated ({reason}); replace it or leave it out.") from error
