@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,7 @@ def group_sums(values: Array, index: Array, n_groups: int) -> tuple[Array, Array
     return sums.reshape(shape), counts.reshape(shape)
 
 
+@lru_cache(maxsize=8)
 def bootstrap_weights(n_groups: int, draws: int = DRAWS, seed: int = 0) -> Array:
     """How often each draw takes each group: (D, G), every row sums to G.
 
@@ -108,7 +110,9 @@ def bootstrap_weights(n_groups: int, draws: int = DRAWS, seed: int = 0) -> Array
         [4.0, 4.0, 4.0]
     """
     rng = np.random.default_rng(seed)
-    return rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(float)
+    weights = rng.multinomial(n_groups, np.full(n_groups, 1.0 / n_groups), size=draws).astype(float)
+    weights.flags.writeable = False  # shared by every caller
+    return weights
 
 
 def resample(sums: Array, weights: Array) -> Totals:
@@ -205,6 +209,18 @@ def difference_of_means(totals: Array) -> Array:
         return sum_a / n_a - sum_b / n_b
 
 
+def mean_over_pairs(values: Array) -> Array:
+    """Mean over the first axis, infinite and NaN entries left out; NaN where none is left.
+
+    Example:
+        >>> mean_over_pairs(np.array([[1.0, np.nan], [3.0, np.inf]])).tolist()
+        [2.0, nan]
+    """
+    known = np.isfinite(values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
+
+
 def sign_flip(group_differences: Array, draws: int = DRAWS, seed: int = 0) -> Array:
     """Two-sided p of "the differences are symmetric about 0", groups flipped whole: (G, R) sums per group -> (R,).
 
@@ -263,26 +279,25 @@ def false_discovery(p: Array) -> Array:
 
 
 def convergence(
-    low: Array,
-    high: Array,
+    values: Array,
+    statistic: Statistic,
     pairs: Sequence[str],
     groups: Sequence[str | None],
     sizes: Sequence[int] = CONVERGENCE_N,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[tuple[int, int, Interval]]:
-    """The interval of mean(high) / mean(low) on growing subsets: (P, R) each -> [(n, units, Interval (R,)), ...].
+    """Intervals on growing subsets of the pairs: [(n, units, Interval (R,)), ...].
 
-    Subsets are nested in one seeded order of the pairs; sizes beyond P are left out and P itself is always the last.
+    `values` (P, Q); `statistic` maps totals (..., 2Q) = [sums, counts] to (..., R). Subsets are nested in one seeded
+    order of the sorted pair names; sizes beyond P are left out and P itself is always the last.
     """
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    # Drawn over sorted names: the subsets do not depend on the order of the pairs.
-    order = np.argsort(np.asarray(pairs, dtype=object).astype(str), kind="stable")[order]
+    by_name = sorted(range(len(pairs)), key=lambda i: pairs[i])
+    order = np.asarray(by_name)[np.random.default_rng(seed).permutation(len(pairs))]
     rows = []
     for n in sorted({min(int(size), len(pairs)) for size in (*sizes, len(pairs))}):
-        chosen = np.sort(order[:n])
-        unit = units([pairs[i] for i in chosen], [groups[i] for i in chosen])
-        columns = [part for v in (high, low) for part in group_sums(v[chosen], unit.index, len(unit))]
-        got = interval(np.concatenate(columns, axis=1), ratio_of_means, bootstrap_weights(len(unit), draws, seed))
-        rows.append((n, len(unit), got))
+        picked = np.sort(order[:n])
+        unit = units([pairs[i] for i in picked], [groups[i] for i in picked])
+        columns = np.concatenate(group_sums(values[picked], unit.index, len(unit)), axis=1)
+        rows.append((n, len(unit), interval(columns, statistic, bootstrap_weights(len(unit), draws, seed))))
     return rows
