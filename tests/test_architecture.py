@@ -1,4 +1,4 @@
-"""The house holds: who may import whom, one home for the Fourier transform, file sizes, no call that runs foreign code."""
+"""The house holds: imports go down, one home for the Fourier transform, short files, no call that runs foreign code."""
 
 from __future__ import annotations
 

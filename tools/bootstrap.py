@@ -50,14 +50,13 @@ def main(arguments: list) -> int:
         say("expected one of {}, got {}".format(", ".join(EXTRAS), " ".join(arguments) or "nothing"))
         return 2
     mode = arguments[0]
-    held = os.open(str(ROOT), os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)  # two makes at once: the second waits, then finds the work done
+    lock = take_lock()
     if ready(mode):
         return 0
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         return run_with_another_python(arguments)
     try:
-        set_up(mode)
+        set_up(mode, lock)
     except KeyboardInterrupt:
         say("set-up interrupted; the next call starts it over")
         return 130
@@ -68,6 +67,17 @@ def main(arguments: list) -> int:
         say(f"set-up failed: {error}; the next call starts over")
         return 1
     return 0
+
+
+def take_lock() -> int:
+    """Of two set-ups at once, the second waits for the first and then finds the work done."""
+    lock = os.open(str(ROOT), os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another set-up is at work here; waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def wanted() -> dict:
@@ -107,7 +117,7 @@ def run_with_another_python(arguments: list) -> int:
     return 2
 
 
-def set_up(mode: str) -> None:
+def set_up(mode: str, lock: int) -> None:
     started = time.monotonic()
     if UNFINISHED.exists() or (VENV.exists() and (not PYTHON.exists() or stamp().get("root", str(ROOT)) != str(ROOT))):
         shutil.rmtree(VENV)
@@ -122,12 +132,12 @@ def set_up(mode: str) -> None:
         with_pip = importlib.util.find_spec("ensurepip") is not None
         venv.EnvBuilder(with_pip=with_pip, symlinks=True).create(str(VENV))
     else:
-        say("bringing .venv up to date with pyproject.toml")
+        say(f"bringing .venv up to date for `{mode}`")
         UNFINISHED.touch()
     if not has_pip():
         install_pip()
     target = f"{ROOT}{EXTRAS[mode]}"
-    pip("install", "-qq", "--disable-pip-version-check", "--no-input", "--editable", target)
+    pip(lock, "install", "-qq", "--disable-pip-version-check", "--no-input", "--editable", target)
     # An update for `run` leaves the test extra of an earlier set-up in place, but perhaps not at its new bounds.
     STAMP.write_text(json.dumps({**wanted(), "mode": mode}), encoding="utf-8")
     UNFINISHED.unlink()
@@ -138,9 +148,10 @@ def has_pip() -> bool:
     return subprocess.run([str(PYTHON), "-c", "import pip"], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def pip(*arguments: str) -> None:
+def pip(lock: int, *arguments: str) -> None:
     """Run pip; on a terminal a counter shows that it still works."""
-    process = subprocess.Popen([str(PYTHON), "-m", "pip", *arguments])
+    # pip holds the lock too: should this process be killed, no other set-up starts beside the pip it leaves behind.
+    process = subprocess.Popen([str(PYTHON), "-m", "pip", *arguments], pass_fds=(lock,))
     started = time.monotonic()
     try:
         while True:
