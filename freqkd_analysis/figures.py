@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from freqkd_analysis import plots, schema
 from freqkd_analysis.divergence import MEASURES, ROUNDING
 from freqkd_analysis.errors import RunError
-from freqkd_analysis.runfolder import CEILINGS, Run, read_run, rows
+from freqkd_analysis.runfolder import CEILINGS, Run, number, read_run, rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,8 +154,7 @@ def _low_high(run: Run) -> Drawing:
 
     ceiling = CEILINGS.get(run.condition, "shuffled")
     parts = []
-    for name in (run.bands[0], run.bands[-1]):
-        series = "low" if name == run.bands[0] else "high"
+    for name, series in zip(run.ends, ("low", "high"), strict=True):
         parts.append(_divergence_rows(run, run.condition, name).assign(series=series))
         parts.append(_divergence_rows(run, ceiling, name).assign(series=f"{series} ceiling"))
     table = pd.concat(parts, ignore_index=True)
@@ -225,6 +224,8 @@ def _profile(run: Run) -> tuple[pd.DataFrame, int]:
     import pyarrow.parquet as pq
 
     path = run.folder / "spectra.parquet"
+    if not path.is_file() and run.get("derived_from") == run.folder.parent.name:
+        path = run.folder.parent / "spectra.parquet"  # other bands of a run, in a folder within it
     if not path.is_file():
         raise Absent("the run folder has no spectra.parquet")
     keys, energies = ["layer", "radius", "f_lo", "f_hi", "modes"], ["p_rgb", "p_ir", "cross", "p_diff"]
@@ -255,7 +256,7 @@ def _profile(run: Run) -> tuple[pd.DataFrame, int]:
 def _controls(run: Run) -> Drawing:
     import pandas as pd
 
-    ends = {run.bands[0]: "low", run.bands[-1]: "high"}
+    ends = dict(zip(run.ends, ("low", "high"), strict=True))
     table = rows(run.summary, measure=run.measure, layer="all")
     layer = "all"
     if table.empty:
@@ -287,22 +288,23 @@ def _shift(run: Run) -> Drawing:
     for condition in dict.fromkeys([run.condition, *dict.fromkeys(run.ratio["condition"])]):
         table = rows(run.ratio, condition=condition, measure=run.measure)
         table = table[table["layer"] != "all"]
-        parts = []
+        records = []
         for band in ("low", "high"):
-            cells = table[["layer", f"shift_{band}_px"]].set_axis(["layer", "shift_px"], axis=1)
-            parts.append(cells.assign(band=band, layer=cells["layer"].astype(int)).dropna())
-        long = pd.concat(parts, ignore_index=True)[["layer", "band", "shift_px"]]
-        if len(long):
+            for layer, words in zip(table["layer"], table[f"shift_{band}_px"], strict=True):
+                ends = run.shift_ends(condition, layer, band)
+                if isinstance(words, str) and words:
+                    records.append((int(layer), band, words, *ends))
+        if records:
             break
     else:
         raise Absent("ratio.csv holds no equivalent shift (it needs the shifted conditions)")
     registration = run.get("data", "registration_px")
-    measured = f" Measured registration of these pairs: {registration:.2g} px (median)." if registration else ""
+    measured = f" Measured registration of these pairs: {number(registration, 2)} px (median)." if registration else ""
     return Drawing(
-        title=f"Gap told as misregistration ({condition})\n{_primary_sizes(run)}",
-        table=long,
+        title=f"Gap told as misregistration ({condition})\n{_primary_sizes(run)}; bars: 95 % intervals",
+        table=pd.DataFrame(records, columns=["layer", "band", "shift_px", "ci_low", "ci_high"]),
         draw=plots.equivalent_shift,
-        height_cm=5.6,
+        height_cm=5.8,
         reading="How many input pixels the RGB image must be moved against itself to cost as much as the modality "
         "does. A triangle: more than the largest shift tested." + measured,
     )
@@ -313,7 +315,7 @@ def _convergence(run: Run) -> Drawing:
         raise Absent("the run folder has no convergence.csv, or it is empty")
     table = rows(run.convergence, condition=run.condition, measure=run.measure)
     layer = "all" if (table["layer"] == "all").any() else str(table["layer"].iloc[-1]) if len(table) else "all"
-    ends = {run.bands[0]: "low", run.bands[-1]: "high"}
+    ends = dict(zip(run.ends, ("low", "high"), strict=True))
     table = table[(table["layer"] == layer) & table["band"].isin(list(ends)) & (table["width"] > 0)]
     if table.empty:
         raise Absent(f"convergence.csv has no rows of condition {run.condition}, measure {run.measure}")

@@ -104,7 +104,7 @@ def layer_band_map(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     ax.set_ylabel("layer (0 = first block)")
     bar = ax.figure.colorbar(mesh, ax=ax, fraction=0.06, pad=0.03)
     bar.set_label(axis_label(measure))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return ax
 
 
@@ -191,7 +191,8 @@ def radial_profile(
     ax.set_ylabel(axis_label(measure))
     ax.grid(axis="y")
     if stride:
-        top = ax.secondary_xaxis("top", functions=(lambda f: f / stride, lambda f: f * stride))
+        pixels = float(stride)
+        top = ax.secondary_xaxis("top", functions=(lambda f: np.asarray(f) / pixels, lambda f: np.asarray(f) * pixels))
         top.set_xlabel(f"cycles per input pixel (stride {stride:g})")
     if len(layers) > 1:
         norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
@@ -200,7 +201,7 @@ def radial_profile(
         bar.set_ticks(list(range(0, len(layers), step)), labels=[str(v) for v in layers[::step]])
         bar.ax.tick_params(length=0)
         bar.set_label("layer (0 = first block)")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return ax
 
 
@@ -234,23 +235,23 @@ def equivalent_shift(table: pd.DataFrame, ax: Axes) -> Axes:
     """The misregistration, in input pixels, that alone would cost as much as the modality does.
 
     Args:
-        table: layer (int), band (`low`, `high`), shift_px (text: `3.1`, `> 8`, `3.1 [2.8, 3.4]`). Beyond the largest
-            tested shift there is an arrow at that shift, not a point.
+        table: layer (int), band (`low`, `high`), and as text in input pixels shift_px, ci_low, ci_high: `3.1`, `> 8`,
+            or empty. Beyond the largest tested shift there is a triangle at that shift, not a point.
     """
-    looks = {"low": (BLUE, "o", -0.1), "high": (ORANGE, "s", 0.1)}
-    for band, (colour, marker, move) in looks.items():
+    beyond_any = False
+    for band, colour, marker, move in (("low", BLUE, "o", -0.1), ("high", ORANGE, "s", 0.1)):
         for _, row in table[table["band"] == band].iterrows():
-            value, beyond, low, high = parse_shift(row["shift_px"])
             x = row["layer"] + move
-            if beyond:
-                ax.plot([x, x], [value * 0.94, value], color=colour, lw=1.1)
-                ax.plot(x, value, color=colour, marker="^", mfc=PAPER, ls="none", ms=4.5)
-            elif value is not None:
-                if low is not None and high is not None:
-                    ax.plot([x, x], [low, high], color=colour, lw=0.9)
-                ax.plot(x, value, color=colour, marker=marker, ls="none")
+            value, beyond = parse_shift(row["shift_px"])
+            ends = [parse_shift(row[end])[0] for end in ("ci_low", "ci_high")]
+            if ends[0] is not None and ends[1] is not None:
+                ax.plot([x, x], ends, color=colour, lw=0.9, marker="_", ms=3)
+            if value is not None:
+                ax.plot(x, value, color=colour, marker="^" if beyond else marker, mfc=PAPER if beyond else colour,
+                        ls="none", ms=4.5 if beyond else None)  # fmt: skip
+            beyond_any |= beyond
         ax.plot([], [], color=colour, marker=marker, ls="none", label=f"{band} band")
-    if any(parse_shift(words)[1] for words in table["shift_px"]):
+    if beyond_any:
         ax.plot([], [], color=GREY, marker="^", mfc=PAPER, ls="none", ms=4.5, label="beyond the largest shift")
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     ax.set_ylabel("equivalent shift,\ninput pixels")
@@ -286,21 +287,15 @@ def convergence(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     return ax
 
 
-def parse_shift(words: Any) -> tuple[float | None, bool, float | None, float | None]:
-    """Value, whether it is a lower bound, and the interval's ends, of a `shift_*_px` cell.
+def parse_shift(words: Any) -> tuple[float | None, bool]:
+    """Value of a `shift_*_px` cell, and whether it is only a lower bound.
 
     Example:
-        >>> parse_shift("3.1"), parse_shift("> 8"), parse_shift("3.1 [2.8, 3.4]")
-        ((3.1, False, None, None), (8.0, True, None, None), (3.1, False, 2.8, 3.4))
-        >>> parse_shift(float("nan"))
-        (None, False, None, None)
+        >>> parse_shift("3.1"), parse_shift("> 8"), parse_shift(float("nan")), parse_shift("")
+        ((3.1, False), (8.0, True), (None, False), (None, False))
     """
-    text = words if isinstance(words, str) else ""
-    found = [float(v) for v in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
-    if not found:
-        return None, False, None, None
-    low, high = (found[1], found[2]) if len(found) == 3 else (None, None)
-    return found[0], text.lstrip().startswith(">"), low, high
+    found = re.search(r"[-+.\de]*\d", words) if isinstance(words, str) else None
+    return (float(found.group()), words.lstrip().startswith(">")) if found else (None, False)
 
 
 def _band_tick(words: str) -> str:

@@ -74,6 +74,29 @@ class Run:
         names = self.weights.get("bands", {}).get("names")
         return [str(n) for n in names] if names else list(dict.fromkeys(self.summary["band"].astype(str)))
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Names of the band called low and the band called high: these names where they occur, else first and last."""
+        names = self.bands
+        return "low" if "low" in names else names[0], "high" if "high" in names else names[-1]
+
+    def shift_ends(self, condition: str, layer: str, band: str) -> tuple[str, str]:
+        """Ends of the interval of an equivalent shift (`low` or `high`), as text; verdict.json has them, or empty."""
+        if condition == self.verdict.get("condition"):
+            for entry in [*self.verdict.get("layers", []), {"layer": "all"} | (self.verdict.get("all") or {})]:
+                if str(entry.get("layer")) == str(layer):
+                    low, high = entry.get(f"shift_{band}_px_ci") or ("", "")
+                    return str(low), str(high)
+        return "", ""
+
+    def registration_condition(self) -> str:
+        """The `shifted:d` condition nearest to the measured registration shift; empty without either."""
+        measured = self.get("data", "registration_px")
+        shifts = [c for c in dict.fromkeys(self.ratio["condition"]) if str(c).startswith("shifted:")]
+        if measured is None or not shifts:
+            return ""
+        return str(min(shifts, key=lambda c: abs(float(c.partition(":")[2]) - float(measured))))
+
     def band_text(self, name: str) -> str:
         """`low [0, 0.125)` where the edges are known, else the bare name; cycles per token."""
         bands = self.weights.get("bands", {})
@@ -133,6 +156,34 @@ def rows(table: pd.DataFrame, **values: str) -> pd.DataFrame:
     return keep.assign(_order=order).sort_values("_order", kind="stable").drop(columns="_order").reset_index(drop=True)
 
 
+def beside(run: Run, condition: str, layer: str) -> dict[str, Any]:
+    """What must stand beside a verdict or an `mse`: other measures' high / low, energy and modes of both bands.
+
+    Returns: `mse`, `mse_per_mode`, `cosine` (ratios of this condition and layer), `shifted` (ratio of cosine of the
+        shift nearest to the measured registration) and its name `shift` (empty when not measured), `energy_low`,
+        `energy_high` (RGB), `modes_low`, `modes_high`. None where the run does not hold it.
+    """
+    found: dict[str, Any] = dict.fromkeys(("mse", "mse_per_mode", "cosine", "shifted"))
+    for measure in ("mse", "mse_per_mode", "cosine"):
+        found[measure] = _cell(run.ratio, "ratio", condition=condition, layer=layer, measure=measure)
+    found["shift"] = run.registration_condition()
+    if found["shift"]:
+        found["shifted"] = _cell(run.ratio, "ratio", condition=found["shift"], layer=layer, measure="cosine")
+    for word, measure in (("energy", "energy_rgb"), ("modes", "modes")):
+        for end, band in zip(("low", "high"), run.ends, strict=True):
+            value = _cell(run.summary, "mean", condition=condition, layer=layer, measure=measure, band=band)
+            found[f"{word}_{end}"] = value
+    return found
+
+
+def _cell(table: pd.DataFrame, column: str, **values: str) -> float | None:
+    mask = True
+    for name, value in values.items():
+        mask = mask & (table[name] == value)
+    part = table.loc[mask, column].dropna()
+    return float(part.iloc[0]) if len(part) else None
+
+
 def layer_order(layer: Any) -> float:
     """Sort key of a layer: its number; `all` comes last."""
     text = str(layer)
@@ -161,6 +212,16 @@ def interval(low: Any, high: Any, digits: int = 3) -> str:
     """
     ends = number(low, digits), number(high, digits)
     return "" if "–" in ends else f"[{ends[0]}, {ends[1]}]"
+
+
+def measured(value: Any, low: Any, high: Any) -> str:
+    """A number with its interval, or without one where there is none.
+
+    Example:
+        >>> measured(2.4, 2.1, 2.7), measured(2.4, None, None)
+        ('2.40 [2.10, 2.70]', '2.40')
+    """
+    return f"{number(value)} {interval(low, high)}".strip()
 
 
 def text(value: Any) -> str:

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from freqkd_analysis import schema
+from freqkd_analysis.bands import Bands
 
 SHIFTS = (1, 2, 4, 8)
 ALL = ["paired", "shuffled", "mean_removed", "mean_removed_shuffled", *(f"shifted:{d}" for d in SHIFTS),
        "grey", "inverted", "blur", "noise", "random", "pixels"]  # fmt: skip
-MEASURES = ["cosine", "relative", "nmse", "mse", "mse_per_mode", "log_spectral"]
+MEASURES = ["cosine", "relative", "nmse", "mse", "mse_per_mode", "log_spectral", "energy_rgb", "modes"]
 LEVEL = {"paired": 0.45, "mean_removed": 0.6, "shuffled": 0.8, "mean_removed_shuffled": 0.98, "random": 0.3,
          "pixels": 0.7, "grey": 0.04, "inverted": 0.4, "blur": 0.2, "noise": 0.1} | {
     f"shifted:{d}": 0.06 * d for d in SHIFTS}  # fmt: skip
@@ -38,7 +39,9 @@ def fake_run(folder: Path, layers: int = 12, bands: int = 3, conditions: list[st
     schema.write(summary, folder / "summary.csv")
     ratio = _ratio(summary, names, conditions)
     schema.write(ratio, folder / "ratio.csv")
-    schema.write(_spectra(conditions, layers, min(pairs, 8), rng), folder / "spectra.parquet")
+    spectra = _spectra([c for c in conditions if c != "pixels"], layers, min(pairs, 6), 3, names, rng)
+    schema.write(spectra, folder / "spectra.parquet")
+    (folder / "verdict.json").write_text(json.dumps(_verdict_json(ratio, conditions, pairs)))
     _convergence(names, conditions).to_csv(folder / "convergence.csv", index=False)
     share, precision = list(np.linspace(1, 0.2, bands)), list(np.linspace(1, 0.1, bands))
     modes = [40] * (bands - 1) + [700]
@@ -46,14 +49,14 @@ def fake_run(folder: Path, layers: int = 12, bands: int = 3, conditions: list[st
         "schema": 1,
         "bands": {"text": f"linear:{bands}", "names": names, "f_lo": list(edges[:-1]), "f_hi": list(edges[1:]),
                   "unit": "cycles per token"},
-        "layers": [{"layer": i, "tap": f"blocks.{i}", "grid": [32, 32], "stride": 14, "modes": modes,
+        "layers": [{"layer": i, "tap": f"blocks.{i}", "grid": [16, 16], "stride": 14, "modes": modes,
                     "weights": {"shared": share, "precision": precision},
                     "energy": list(np.geomspace(900, 30, bands))} for i in range(layers)],
         "rules": {"shared": "clip(1 - C, 0, 1) over the layer's largest", "precision": "1 / u over the largest"},
         "provenance": {"run": folder.name, "network": "vit", "data": "kit", "n": pairs},
     }  # fmt: skip
     (folder / "band_weights.json").write_text(json.dumps(weights))
-    (folder / "manifest.json").write_text(json.dumps(_manifest(conditions, layers, pairs, groups) | manifest))
+    (folder / "manifest.json").write_text(json.dumps(_manifest(conditions, layers, bands, pairs, groups) | manifest))
     return folder
 
 
@@ -61,7 +64,7 @@ def _summary(conditions, layers, names, pairs, groups, rng) -> pd.DataFrame:
     records = []
     for condition in conditions:
         for measure in MEASURES:
-            scale = {"mse": 3.0, "mse_per_mode": 0.02}.get(measure, 1.0)
+            scale = {"mse": 3.0, "mse_per_mode": 0.02, "energy_rgb": 9.0, "modes": 60.0}.get(measure, 1.0)
             for layer in [*range(layers), "all"]:
                 depth = 0.5 if layer == "all" else layer / max(1, layers - 1)
                 for k, band in enumerate(names):
@@ -102,26 +105,38 @@ def _verdict(ratio: float) -> str:
     return "supports" if ratio * 0.92 > 1 else "against" if ratio * 1.1 < 1 else "undetermined"
 
 
-def _spectra(conditions, layers, pairs, rng) -> pd.DataFrame:
+def _spectra(conditions, layers, pairs, groups, names, rng) -> pd.DataFrame:
+    """Atoms of a 16x16 grid with a falling spectrum; the divergence of each condition grows with frequency."""
+    atoms = Bands.parse(f"linear:{len(names)}", grid=(16, 16), stride=14).atoms()
+    kept = np.flatnonzero(atoms.modes)
+    f, modes = (atoms.f_lo[kept] + atoms.f_hi[kept]) / 2, atoms.modes[kept]
     frames = []
-    radius = np.arange(46)
-    f_lo = np.concatenate([[0.0], np.arange(45) / 64])
-    f_hi = np.concatenate([[0.0], np.arange(1, 46) / 64])
-    f_lo[1] = 1e-9
-    modes = np.maximum(1, (200 * f_lo).astype(int))
-    for condition in [c for c in ("paired", "shuffled", "mean_removed") if c in conditions]:
+    for condition in conditions:
         for pair in range(pairs):
             for layer in range(layers):
-                p_rgb = 500 * modes / (1 + 30 * f_lo**2) * rng.uniform(0.8, 1.2, 46)
-                p_ir = p_rgb * rng.uniform(0.7, 1.1, 46)
-                share = (1 - LEVEL[condition] * (0.5 + 0.3 * layer / layers + 0.6 * f_lo)) * rng.uniform(0.95, 1.05, 46)
-                cross = share * np.sqrt(p_rgb * p_ir)
+                p_rgb = 500 * modes / (1 + 30 * f**2) * rng.uniform(0.8, 1.2, len(f))
+                p_ir = p_rgb * rng.uniform(0.7, 1.1, len(f))
+                level = LEVEL[condition] * (0.5 + 0.3 * layer / layers + 0.6 * f) * rng.uniform(0.9, 1.1, len(f))
+                cross = (1 - level) * np.sqrt(p_rgb * p_ir)
                 frames.append(pd.DataFrame({
-                    "condition": condition, "pair": f"p{pair:03d}", "group": f"g{pair % 4}", "layer": layer,
-                    "tap": f"blocks.{layer}", "depth": (layer + 1) / layers, "radius": radius, "f_lo": f_lo,
-                    "f_hi": f_hi, "modes": modes, "p_rgb": p_rgb, "p_ir": p_ir, "cross": cross,
-                    "p_diff": p_rgb + p_ir - 2 * cross}))  # fmt: skip
+                    "condition": condition, "pair": f"p{pair:03d}", "group": f"g{pair % groups:02d}", "layer": layer,
+                    "tap": f"blocks.{layer}", "depth": (layer + 1) / layers, "radius": kept,
+                    "f_lo": atoms.f_lo[kept], "f_hi": atoms.f_hi[kept], "modes": modes, "p_rgb": p_rgb, "p_ir": p_ir,
+                    "cross": cross, "p_diff": p_rgb + p_ir - 2 * cross}))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
+
+
+def _verdict_json(ratio: pd.DataFrame, conditions: list[str], pairs: int) -> dict[str, Any]:
+    condition = "mean_removed" if "mean_removed" in conditions else "paired"
+    part = ratio[(ratio["condition"] == condition) & (ratio["measure"] == "cosine")]
+    ends = {"shift_low_px_ci": ["3.1", "3.6"], "shift_high_px_ci": ["3.5", "> 8"], "reason": ""}
+    return {
+        "measure": "cosine", "condition": condition, "verdict": str(part["verdict"].iloc[-1]), "floor": "none",
+        "layers": [{"layer": int(n)} | ends for n in part["layer"] if n != "all"], "all": ends,
+        "layer_ratios": {"calibrated_geometric": 1.01, "calibrated_geometric_ci": [0.93, 1.1]},
+        "beside": {"shifted_at_registration": {"px": 1.3, "ratio": 1.45}},
+        "statistics": {"interval": "cluster bootstrap, BCa", "draws": 2000}, "warnings": [],
+    }  # fmt: skip
 
 
 def _convergence(names: list[str], conditions: list[str]) -> pd.DataFrame:
@@ -136,14 +151,14 @@ def _convergence(names: list[str], conditions: list[str]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=columns)
 
 
-def _manifest(conditions, layers, pairs, groups) -> dict[str, Any]:
+def _manifest(conditions, layers, bands, pairs, groups) -> dict[str, Any]:
     return {
         "schema": 1, "command": ["freqkd-analyze", "layers", "--pairs", str(pairs)], "version": "0.1.0",
         "commit": "abc1234", "started": "2026-11-25T01:00:00+00:00", "seconds": 61.5,
         "environment": {"python": "3.11.2", "torch": "2.14.0", "timm": "1.0.31", "device": "cpu", "threads": 1},
         "config": {"pairs": pairs, "data": "kit:pairs", "model": "vit_small_patch14_dinov2", "weights": "auto",
                    "layers": "all", "norm": False, "standardize": "none", "size": [448, 448], "geometry": "crop",
-                   "window": "none", "bands": "octave:3", "measure": MEASURES, "conditions": conditions,
+                   "window": "none", "bands": f"linear:{bands}", "measure": MEASURES[:6], "conditions": conditions,
                    "control_pairs": 20, "sample": "stratified", "seed": 0, "batch_size": 8, "device": "cpu",
                    "dtype": "fp32", "workers": 0, "preset": None},
         "network": {"name": "vit_small_patch14_dinov2", "weights": "pretrained", "sha256": "ab" * 32,
@@ -152,7 +167,7 @@ def _manifest(conditions, layers, pairs, groups) -> dict[str, Any]:
                  "skipped": [{"id": "set00/<script>alert(1)</script>.jpg", "reason": "corrupt JPEG & truncated"}],
                  "day": 25, "night": 15, "id_sha256": "cd" * 32, "scale": 0.7, "registration_px": 1.3,
                  "registration_n": 31},
-        "taps": [{"layer": i, "tap": f"blocks.{i}", "depth": (i + 1) / layers, "grid": [32, 32], "stride": 14,
+        "taps": [{"layer": i, "tap": f"blocks.{i}", "depth": (i + 1) / layers, "grid": [16, 16], "stride": 14,
                   "channels": 384} for i in range(layers)],
         "conditions": {c: {"n": pairs, "groups": groups} for c in conditions},
         "artefacts": [{"layer": layers - 1, "modality": m, "rate": 0.004, "median": 41.0, "mad": 3.2}

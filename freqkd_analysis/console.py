@@ -1,0 +1,70 @@
+"""The one table that a run prints: layer by layer, low and high, their ratio, calibrated, and the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from freqkd_analysis.errors import RunError, nearest
+from freqkd_analysis.runfolder import beside, measured, number, read_run, rows, text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLOURS = {"supports": "green", "against": "magenta", "undetermined": "yellow"}
+
+
+def console_table(run: Path, condition: str | None = None, measure: str | None = None) -> Table:
+    """The table of one condition and measure, a row a layer and `all` last.
+
+    Args:
+        run: a finished run folder.
+        condition, measure: by default the primary ones of the run.
+    Returns: a rich Table: layer, low, high, ratio and calibrated ratio with 95 % intervals, equivalent shift in input
+        pixels, verdict.
+    Raises: RunError for a run folder without tables, or without rows of that condition and measure.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    read = read_run(run)
+    condition, measure = condition or read.condition, measure or read.measure
+    for name, column in ((condition, "condition"), (measure, "measure")):
+        known = list(dict.fromkeys(read.ratio[column]))
+        if name not in known:
+            raise RunError(
+                f'no rows of {column} "{name}" in ratio.csv.{nearest(name, known)} It has: {", ".join(known)}.'
+            )
+    table = rows(read.ratio, condition=condition, measure=measure)
+    if table.empty:
+        raise RunError(f'ratio.csv has no rows of condition "{condition}" with measure "{measure}".')
+    sizes = rows(read.summary, condition=condition, measure=measure)
+    count = f", {int(sizes['n'].max())} pairs in {int(sizes['groups'].max())} groups" if len(sizes) else ""
+    name = f"{read.get('network', 'name', default='')} ({read.get('network', 'weights', default='not recorded')})"
+    out = Table(title=Text(f"{name}: {condition}, {measure}{count}"), caption=Text("[..]: 95 % interval"))
+    for title in ("layer", "low", "high", "high / low", "calibrated", "shift px low", "shift px high", "verdict"):
+        left = title in ("high / low", "calibrated", "verdict")
+        out.add_column(Text(title), justify="left" if left else "right", no_wrap=True)
+    if measure == "mse":  # never alone: it grows with a band's energy and with its number of modes
+        for title in ("per mode", "cosine", "energy low, high", "modes low, high"):
+            out.add_column(Text(title), justify="right", no_wrap=True)
+    for row in table.to_dict("records"):
+        verdict = text(row["verdict"])
+        cells = [
+            str(row["layer"]), number(row["low"]), number(row["high"]),
+            measured(row["ratio"], row["ratio_ci_low"], row["ratio_ci_high"]),
+            measured(row["calibrated_ratio"], row["calibrated_ci_low"], row["calibrated_ci_high"]),
+            text(row["shift_low_px"]) or "–", text(row["shift_high_px"]) or "–",
+        ]  # fmt: skip
+        last = row["layer"] == "all"
+        if last and out.row_count:
+            out.add_section()
+        extra = _beside_mse(beside(read, condition, row["layer"])) if measure == "mse" else []
+        out.add_row(*map(Text, cells), Text(verdict or "–", style=COLOURS.get(verdict, "")), *map(Text, extra),
+                    style="bold" if last else None)  # fmt: skip
+    return out
+
+
+def _beside_mse(found: dict[str, Any]) -> list[str]:
+    pairs = [f"{number(found[f'{word}_low'])}, {number(found[f'{word}_high'])}" for word in ("energy", "modes")]
+    return [number(found["mse_per_mode"]), number(found["cosine"]), *pairs]
