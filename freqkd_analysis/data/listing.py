@@ -79,12 +79,13 @@ def rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
+            columns = list(reader.fieldnames or ())
             table = [{key: value or "" for key, value in row.items() if key} for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as csv in UTF-8 ({type(error).__name__}); save it again.") from error
-    absent = [name for name in required if name not in (reader.fieldnames or ())]
+    absent = [name for name in required if name not in columns]
     if absent:
-        got = ", ".join(reader.fieldnames or ()) or "none"
+        got = ", ".join(columns) or "none"
         raise DataError(f"{path}: expected the columns {', '.join(required)}, got {got}; add {', '.join(absent)}.")
     return table
 

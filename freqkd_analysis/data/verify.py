@@ -112,13 +112,7 @@ class _Seen:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for a console: counts, then the histogram of shifts, then warnings and problems.
-
-    Example:
-        >>> print(histogram([{"low": 0.0, "high": 0.5, "pairs": 4}, {"low": 0.5, "high": 1.0, "pairs": 1}], width=8))
-          0 - 0.5 px  ########  4
-          0.5 - 1 px  ##        1
-    """
+    """The report for a console: counts, then the histogram of shifts, then warnings and problems."""
     lines = [
         f"{report['spec']}: {report['pairs']} pairs in {report['groups']} groups"
         f" ({report['day']} day, {report['night']} night)",
@@ -139,12 +133,18 @@ def text(report: dict[str, Any]) -> str:
 
 
 def histogram(bars: Sequence[dict[str, Any]], width: int = 40) -> str:
-    """One line of text a bar: range in px, a bar that is `width` characters for the fullest, number of pairs."""
+    """One line of text a bar: range in px, a bar that is `width` characters for the fullest, number of pairs.
+
+    Example:
+        >>> print(histogram([{"low": 0.0, "high": 0.5, "pairs": 4}, {"low": 0.5, "high": 1.0, "pairs": 1}], width=8))
+        0   to 0.5 px  ########  4
+        0.5 to 1   px  ##        1
+    """
     most = max(bar["pairs"] for bar in bars)
     lines = []
     for bar in bars:
         length = -(-bar["pairs"] * width // most) if most else 0
-        lines.append(f"{bar['low']:3g} - {bar['high']:<3g} px  {'#' * length:<{width}}  {bar['pairs']}")
+        lines.append(f"{bar['low']:<3g} to {bar['high']:<3g} px  {'#' * length:<{width}}  {bar['pairs']}")
     return "\n".join(lines)
 
 
