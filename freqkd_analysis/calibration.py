@@ -194,21 +194,18 @@ class _Means:
     def each(self, derive: Callable[[dict[str, Array]], dict[str, Array]]) -> dict[str, Interval]:
         """Intervals of what `derive` makes of {condition: mean (..., L, K)}; each result is (..., R)."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            parts = [derive(self._of(t)) for t in self.totals]
-        return {
-            name: _shaped(statistics.bca(*(part[name].reshape(*part[name].shape[: i > 0], -1) for i, part in
-                                           enumerate(parts))), parts[0][name].shape)
-            for name in parts[0]
-        }  # fmt: skip
+            estimate, draws, jackknife = (derive(self._of(t)) for t in self.totals)
+        found = {}
+        for name, value in estimate.items():
+            many, without = (x[name].reshape(len(x[name]), -1) for x in (draws, jackknife))
+            got = statistics.bca(value.reshape(-1), many, without)
+            found[name] = Interval(*(part.reshape(value.shape) for part in got))
+        return found
 
     def _of(self, totals: Array) -> dict[str, Array]:
         split = totals.reshape(*totals.shape[:-1], *self.shape)
         means = split[..., 0, :, :] / split[..., 1, :, :]
         return {c: means[..., i, :, :] for i, c in enumerate(self.conditions)}
-
-
-def _shaped(interval: Interval, shape: tuple[int, ...]) -> Interval:
-    return Interval(*(part.reshape(shape) for part in interval))
 
 
 def with_all(values: Array, axis: int = -1) -> Array:

@@ -210,8 +210,9 @@ def band_table(
         sums = where.sums([c[rows] for c in columns], radius[rows], block, len(blocks), pixels)
         values = where.measure(sums, names, pixels)
         keep = np.flatnonzero(~pixels | (where.run.edges2 is not None))
-        parts.append(where.frame(values[keep], [np.array(x, dtype=object)[i[keep]] for x, i in
-                                               ((conditions, kind), (pairs, who), (groups, who))], names))  # fmt: skip
+        named = ((conditions, kind), (pairs, who), (groups, who))
+        labels = [np.array(names_of, dtype=object)[place[keep]] for names_of, place in named]
+        parts.append(where.frame(values[keep], labels, names))
     if not parts:
         raise RunError("spectra.parquet holds no rows; run `freqkd-analyze layers` again.")
     return pd.concat(parts, ignore_index=True)
@@ -235,17 +236,17 @@ class _Layer:
         cell = block * a + radius
         if np.bincount(cell, minlength=n * a).max(initial=0) > 1:
             raise RunError(f"layer {self.number}: rows of spectra.parquet occur twice; {_OTHER}")
-        dense = np.zeros((len(columns), n * a))
+        flat = np.zeros((len(columns), n * a))
         for k, column in enumerate(columns):
-            dense[k, cell] = column
-        dense = dense.reshape(len(columns), n, a)
+            flat[k, cell] = column
+        dense = flat.reshape(len(columns), n, a)
         if not (dense[4][~pixels] == self.atoms.modes).all():
             raise RunError(f"layer {self.number}: rows are missing or count other modes than the grid has; {_OTHER}")
         whole = dense[:2].sum(axis=2)[:, :, None]
         pa, pb, re, pd, modes = dense @ self.matrix
-        empty = (pa <= ROUNDING * whole[0]) & (pb <= ROUNDING * whole[1])
-        for part in (pa, pb, re, pd):
-            part[empty] = 0.0
+        silent = pa <= ROUNDING * whole[0], pb <= ROUNDING * whole[1]
+        pa[silent[0]], pb[silent[1]] = 0.0, 0.0
+        re[silent[0] & silent[1]] = pd[silent[0] & silent[1]] = 0.0
         return [pa, pb, re, pd, modes]
 
     def measure(self, sums: list[Array], names: Sequence[str], pixels: Array) -> Array:
@@ -253,13 +254,15 @@ class _Layer:
         positions = np.where(pixels, self.positions * self.stride**2, self.positions)[:, None]
         channels = np.where(pixels, 1, self.channels)[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.stack([MEASURES[name](*sums, positions, channels) for name in names], axis=-1)
+            pa, pb, re, pd, modes = sums
+            each = [MEASURES[name](pa, pb, re, pd, modes, positions, channels) for name in names]
+            return np.stack(each, axis=-1)
 
     def frame(self, values: Array, labels: list[Array], names: Sequence[str]) -> pd.DataFrame:
         import pandas as pd
 
         n, k, m = values.shape
-        text = [pd.Categorical(x).repeat(k * m).astype("str") for x in labels]
+        text = [pd.Series(x, dtype="str").array.repeat(k * m) for x in labels]
         tile = np.repeat(np.tile(np.arange(k), n), m)
         return pd.DataFrame({
             "condition": text[0], "pair": text[1], "group": text[2],

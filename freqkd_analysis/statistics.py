@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+from scipy.special import ndtr, ndtri, stdtrit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Statistic = Callable[[Array], Array]
@@ -154,14 +154,14 @@ def bca(estimate: Array, draws: Array, jackknife: Array, level: float = LEVEL) -
     tail = _tail(level, n_groups)
     with np.errstate(divide="ignore", invalid="ignore"):
         below = np.sum(draws < estimate, axis=0) + 0.5 * np.sum(draws == estimate, axis=0)
-        bias = scipy.stats.norm.ppf(below / valid)
+        bias = ndtri(below / valid)
         spread = jackknife.mean(axis=0) - jackknife
         acceleration = np.sum(spread**3, axis=0) / (6.0 * np.sum(spread**2, axis=0) ** 1.5)
-        z = scipy.stats.norm.ppf(tail)
+        z = ndtri(tail)
         ends = []
         for side in (z, -z):
             shifted = bias + side
-            ends.append(scipy.stats.norm.cdf(bias + shifted / (1.0 - acceleration * shifted)))
+            ends.append(ndtr(bias + shifted / (1.0 - acceleration * shifted)))
             usable_side = (1.0 - acceleration * shifted) > 0
             ends[-1] = np.where(usable_side, ends[-1], np.nan)
     corrected = usable & np.isfinite(ends[0]) & np.isfinite(ends[1])
@@ -174,8 +174,8 @@ def bca(estimate: Array, draws: Array, jackknife: Array, level: float = LEVEL) -
 def _tail(level: float, n_groups: int) -> float:
     if n_groups < 2:
         return (1.0 - level) / 2.0
-    t = scipy.stats.t.ppf((1.0 - level) / 2.0, n_groups - 1) * np.sqrt(n_groups / (n_groups - 1.0))
-    return float(scipy.stats.norm.cdf(t))
+    t = stdtrit(n_groups - 1, (1.0 - level) / 2.0) * np.sqrt(n_groups / (n_groups - 1.0))
+    return float(ndtr(t))
 
 
 def _quantile(ordered: Array, probability: Array, valid: Array) -> Array:
@@ -271,10 +271,12 @@ def false_discovery(p: Array) -> Array:
         >>> false_discovery(np.array([0.01, 0.04, np.nan])).tolist()
         [0.02, 0.04, nan]
     """
+    from scipy.stats import false_discovery_control
+
     adjusted = np.full(len(p), np.nan)
     known = ~np.isnan(p)
     if known.any():
-        adjusted[known] = scipy.stats.false_discovery_control(np.asarray(p)[known])
+        adjusted[known] = false_discovery_control(np.asarray(p)[known])
     return adjusted
 
 
