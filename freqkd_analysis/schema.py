@@ -16,6 +16,7 @@ from freqkd_analysis.errors import RunError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 VERSION = 1
 
@@ -114,8 +115,9 @@ def write(table: pd.DataFrame, path: Path) -> None:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            arrow = pa.Table.from_pandas(table, preserve_index=False).cast(_arrow(columns))
-            pq.write_table(arrow, temporary, compression="zstd")
+            pq.write_table(
+                pa.Table.from_pandas(table, preserve_index=False).cast(arrow(columns)), temporary, compression="zstd"
+            )
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -135,7 +137,8 @@ def read(path: Path) -> pd.DataFrame:
     return table
 
 
-def _arrow(columns: dict[str, str]):  # type: ignore[no-untyped-def]
+def arrow(columns: dict[str, str]) -> pa.Schema:
+    """The Parquet schema of a table's columns, with the schema version as metadata."""
     import pyarrow as pa
 
     kinds = {_TEXT: pa.string(), _INT: pa.int32(), _SINGLE: pa.float32(), _REAL: pa.float64()}

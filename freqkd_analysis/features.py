@@ -1,0 +1,268 @@
+"""Taps: where a network's features are read, and how, as (M, N, C) maps on a known grid.
+
+timm knows which modules hold a network's intermediate features (`feature_info`) and returns them from
+`forward_intermediates`. Each tap is probed once: if what the module puts out, laid out anew, equals the intermediate,
+it is read by a hook while the forward runs (nothing is stored); otherwise the intermediates themselves are read.
+Prefix tokens (class, registers) are dropped, so N = H W always holds.
+
+Shapes: M images, T tokens with prefix, N = H W, C channels.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqkd_analysis.errors import NetworkError, first, nearest
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place to read features.
+
+    layer: timm's order from 0. tap: module name. depth: (layer + 1) / layers. stride: input px per token.
+    how: `tokens`, `nchw`, `nhwc` (by hook) or `intermediate`. prefix: tokens to drop.
+    """
+
+    layer: int
+    tap: str
+    depth: float
+    grid: tuple[int, int]
+    stride: int
+    channels: int
+    how: str
+    prefix: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        return {**asdict(self), "grid": list(self.grid)}
+
+
+Sink = Callable[[Tap, Tensor], None]
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Module names of the intermediates, in timm's order."""
+    return [str(entry["module"]) for entry in getattr(model, "feature_info", [])]
+
+
+@torch.no_grad()
+def find_taps(model: nn.Module, size: tuple[int, int], layers: str = "all") -> list[Tap]:
+    """The taps that `layers` names, proven on one random image.
+
+    Args:
+        model: a timm network with `forward_intermediates`.
+        size: input rows and columns.
+        layers: `all`; numbers such as `0,5,-1`; or a glob over module names, where * stays within one dot
+            (`blocks.*`, `blocks.*.attn`, `layer[34]`).
+    Raises: NetworkError for a number out of range, a glob without match, two taps in one layer, or a module whose
+        output has no grid.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet18").eval()
+        >>> [(tap.tap, tap.grid, tap.stride) for tap in find_taps(model, (64, 64), "1,-1")]
+        [('layer1', (16, 16), 4), ('layer4', (2, 2), 32)]
+    """
+    names = layer_names(model)
+    if not names or not hasattr(model, "forward_intermediates"):
+        raise NetworkError(
+            f"{type(model).__name__} has no intermediates in timm; expected a network with feature_info."
+        )
+    device = next(model.parameters()).device
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    wanted = _select(model, names, layers)
+    modules = dict(model.named_modules())
+    outputs: dict[str, Tensor] = {}
+    order: list[str] = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            order.append(name)
+            outputs[name] = output.clone() if isinstance(output, Tensor) else torch.empty(0)
+
+        return hook  # fmt: skip
+
+    present = [name for name in dict.fromkeys([*names, *wanted]) if name in modules]
+    handles = [modules[name].register_forward_hook(keep(name)) for name in present]
+    try:
+        intermediates = model.forward_intermediates(image, intermediates_only=True)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise NetworkError(f"{type(model).__name__} takes no {size[0]}x{size[1]} input ({first(str(error).splitlines(), 1)}); "
+                           "try another --size.") from error  # fmt: skip
+    finally:
+        for handle in handles:
+            handle.remove()
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    stages = [_block_tap(i, names, size, outputs.get(name), intermediates[i], prefix)
+              for i, name in enumerate(names)]  # fmt: skip
+    taps = [stages[names.index(name)] if name in names else
+            _inner_tap(name, names, stages, order, size, outputs.get(name)) for name in wanted]  # fmt: skip
+    _one_a_layer(taps)
+    return sorted(taps, key=lambda tap: tap.layer)
+
+
+def _select(model: nn.Module, names: list[str], layers: str) -> list[str]:
+    if layers == "all":
+        return names
+    if all(part.strip().lstrip("-").isdigit() for part in layers.split(",")):
+        numbers = [int(part) for part in layers.split(",")]
+        wrong = [n for n in numbers if not -len(names) <= n < len(names)]
+        if wrong:
+            raise NetworkError(f"layer {wrong[0]} is out of range; the network has layers 0 to {len(names) - 1}.")
+        return list(dict.fromkeys(names[n] for n in numbers))
+    every = [name for name, _ in model.named_modules() if name]
+    found = [name for name in every if any(_glob(name, part.strip()) for part in layers.split(","))]
+    if not found:
+        raise NetworkError(f'no layer matches "{layers}".{nearest(layers, every)} Layers: {first(names, 4)}.')
+    return found
+
+
+def _glob(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _block_tap(layer: int, names: list[str], size: tuple[int, int], output: Tensor | None, expected: Tensor,
+               prefix: int) -> Tap:  # fmt: skip
+    channels, grid = expected.shape[1], (int(expected.shape[2]), int(expected.shape[3]))
+    reading = ("intermediate", 0)
+    target = expected.flatten(2).transpose(1, 2)
+    if output is not None:
+        for how, drop in (("tokens", prefix), ("tokens", 0), ("nchw", 0), ("nhwc", 0)):
+            maps = _as_maps(output, how, drop, grid)
+            if maps is not None and maps.shape == target.shape and torch.equal(maps, target):
+                reading = (how, drop)
+                break
+    return Tap(layer, names[layer], (layer + 1) / len(names), grid, _stride(size, grid), channels, *reading)
+
+
+def _inner_tap(name: str, names: list[str], stages: list[Tap], order: list[str], size: tuple[int, int],
+               output: Tensor | None) -> Tap:  # fmt: skip
+    """A module inside or between blocks: it belongs to the block around it, else to the next one."""
+    layer = next((i for i, block in enumerate(names) if name.startswith(block + ".")), None)
+    if layer is None:
+        later = order[order.index(name) :] if name in order else []
+        layer = next((names.index(other) for other in later if other in names), len(names) - 1)
+    stage = stages[layer]
+    if output is None or output.ndim not in (3, 4) or not output.is_floating_point():
+        raise NetworkError(f"{name} puts out no feature map (or never runs); expected (B, tokens, C) or (B, C, H, W).")
+    if output.ndim == 3:
+        prefix = output.shape[1] - stage.grid[0] * stage.grid[1]
+        if prefix < 0:
+            raise NetworkError(f"{name} puts out {output.shape[1]} tokens; expected the {stage.grid[0]}x{stage.grid[1]} "
+                               f"grid of {stage.tap}, with or without prefix tokens.")  # fmt: skip
+        return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[2], "tokens", prefix)
+    if tuple(output.shape[1:3]) == stage.grid and output.shape[3] not in stage.grid:
+        return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[3], "nhwc")
+    grid = (int(output.shape[2]), int(output.shape[3]))
+    return Tap(layer, name, stage.depth, grid, _stride(size, grid), output.shape[1], "nchw")
+
+
+def _stride(size: tuple[int, int], grid: tuple[int, int]) -> int:
+    return max(1, round((size[0] / grid[0] + size[1] / grid[1]) / 2))
+
+
+def _one_a_layer(taps: list[Tap]) -> None:
+    seen: dict[int, str] = {}
+    for tap in taps:
+        if tap.layer in seen:
+            raise NetworkError(f"expected one tap a layer, got {seen[tap.layer]} and {tap.tap} in layer {tap.layer}; "
+                               "choose one kind a run.")  # fmt: skip
+        seen[tap.layer] = tap.tap
+
+
+def _as_maps(output: Tensor, how: str, prefix: int, grid: tuple[int, int]) -> Tensor | None:
+    """(M, N, C) view of a module's output, or None when it is not laid out `how`."""
+    if how == "tokens" and output.ndim == 3 and output.shape[1] - prefix == grid[0] * grid[1]:
+        return output[:, prefix:]
+    if how == "nchw" and output.ndim == 4 and tuple(output.shape[2:]) == grid:
+        return output.flatten(2).transpose(1, 2)
+    if how == "nhwc" and output.ndim == 4 and tuple(output.shape[1:3]) == grid:
+        return output.flatten(1, 2)
+    return None
+
+
+class Capture:
+    """Runs a network and hands each tap's maps to `sink` as they appear; hooks live only inside `with`.
+
+    Args:
+        model, taps: from `find_taps` at the input size used.
+        sink: called with the tap and its (M, N, C) maps. The maps may be views of memory that the network goes on to
+            overwrite: use them at once or copy.
+        norm: apply the network's final norm to token taps first (DINOv2's own habit; timm's intermediates do not).
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], sink: Sink, norm: bool = False) -> None:
+        self.model, self.taps, self.sink, self.norm = model, list(taps), sink, None
+        if norm:
+            self.norm = getattr(model, "norm", None)
+            if not isinstance(self.norm, nn.Module) or any(tap.how != "tokens" for tap in taps):
+                raise NetworkError(f"{type(model).__name__} has no final norm for its intermediates; drop --norm.")
+        self.last = max(tap.layer for tap in taps)
+
+    @contextmanager
+    def hooked(self) -> Iterator[Capture]:
+        modules = dict(self.model.named_modules())
+        handles = [modules[tap.tap].register_forward_hook(self._hook(tap))
+                   for tap in self.taps if tap.how != "intermediate"]  # fmt: skip
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, tap: Tap) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            maps = _as_maps(output, tap.how, tap.prefix, tap.grid)
+            if maps is None:
+                raise NetworkError(f"{tap.tap} put out {tuple(output.shape)}; probed as {tap.how} on {tap.grid}. "
+                                   "Was the input of another size?")  # fmt: skip
+            self.sink(tap, maps if self.norm is None else self.norm(maps))
+
+        return hook  # fmt: skip
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> None:
+        """One forward of (M, 3, H, W) normalised images, stopped after the last layer wanted."""
+        inner = [tap for tap in self.taps if tap.how == "intermediate"]
+        indices = sorted({tap.layer for tap in inner} | {self.last})
+        results = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
+        for tap in inner:
+            self.sink(tap, results[indices.index(tap.layer)].flatten(2).transpose(1, 2))
+
+
+def capture(model: nn.Module, images: Tensor, layers: str = "all", norm: bool = False) -> dict[str, Tensor]:
+    """Features of each tap as (M, C, H, W) copies: for exploring, where `Capture` streams.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet18").eval()
+        >>> capture(model, torch.zeros(2, 3, 64, 64), "layer3")["layer3"].shape
+        torch.Size([2, 256, 4, 4])
+    """
+    taps = find_taps(model, (int(images.shape[2]), int(images.shape[3])), layers)
+    kept: dict[str, Tensor] = {}
+
+    def keep(tap: Tap, maps: Tensor) -> None:
+        kept[tap.tap] = maps.transpose(1, 2).unflatten(2, tap.grid).clone()
+
+    with Capture(model, taps, keep, norm).hooked() as tapped:
+        tapped.run(images)
+    return kept
+
+
+def outliers(maps: Tensor, k: float = 6.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Artefact tokens: norms beyond median + k MAD (1.4826-scaled) within each image.
+
+    Returns: (M, N) mask, (M,) median norm, (M,) scaled MAD.
+    """
+    norms = maps.float().norm(dim=2)
+    median = norms.median(dim=1, keepdim=True).values
+    spread = 1.4826 * (norms - median).abs().median(dim=1, keepdim=True).values
+    return norms > median + k * spread, median[:, 0], spread[:, 0]

@@ -1,0 +1,300 @@
+"""The main job from options to a finished run folder: `freqkd-analyze layers`.
+
+Set up network, taps and plan; measure the blocks that are not there yet; merge; then tables, figures and report from
+the files. Everything after the merge needs no network and can be redone by its own command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from freqkd_analysis import conditions, measure, models, plan, provenance, schema, shards
+from freqkd_analysis.data import layouts
+from freqkd_analysis.data.records import PairRecord
+from freqkd_analysis.errors import CheckFailed, DataError, FreqkdError, RunError, nearest
+from freqkd_analysis.features import find_taps
+from freqkd_analysis.plan import Plan, Settings
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides only the time a run takes."""
+
+    device: str = "auto"
+    batch_size: int = 0
+    """Pairs a forward; 0 for automatic."""
+    workers: int = 2
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "model": "vit_large_patch14_reg4_dinov2.lvd142m", "layers": "7,15,19,21,23", "size": (512, 640),
+        "geometry": "pad", "standardize": "released", "bands": "paper", "sample": "first",
+        "measure": ("mse", "nmse", "cosine"),
+    },
+}  # fmt: skip
+"""`paper`: the analysis of the FreqKD release (arXiv 2606.11572) with its network, blocks, padding and bands."""
+
+
+def with_preset(settings: Settings, given: set[str]) -> Settings:
+    """Fill a preset's values into every option that was not given by hand."""
+    if not settings.preset:
+        return settings
+    if settings.preset not in PRESETS:
+        raise FreqkdError(f'no preset "{settings.preset}"; expected {", ".join(PRESETS)}.'
+                          f"{nearest(settings.preset, PRESETS)}")  # fmt: skip
+    values = {name: value for name, value in PRESETS[settings.preset].items() if name not in given}
+    return replace(settings, **values)
+
+
+def device_of(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise FreqkdError(f'expected --device auto, cpu, cuda or cuda:N, got "{name}".{nearest(name, ("cpu", "cuda"))}')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise FreqkdError(f"--device {name}: this PyTorch sees no CUDA device. Use --device cpu; see `doctor`.")
+    return name
+
+
+@dataclass
+class Job:
+    """A run made ready: everything is checked, nothing measured, no file written."""
+
+    settings: Settings
+    plan: Plan
+    bench: measure.Bench
+    missing: list[str]
+    registration: dict[str, Any]
+
+    @property
+    def work(self) -> int:
+        """Steps of progress: pairs of every block."""
+        return sum(len(block.records) for block in self.plan.blocks)
+
+
+def prepare(settings: Settings, machine: Machine, say: Say) -> Job:
+    """Read the pairs, make network, taps and plan. Raises FreqkdError before anything is written."""
+    missing: list[str] = []
+    records = layouts.load(settings.data, on_missing=missing.extend)
+    if missing:
+        say(f"{len(missing)} pairs lack a file and are left out, first {missing[0]}")
+    device = device_of(machine.device)
+    first = models.create(settings.model, settings.weights, settings.size, settings.seed)
+    if first.notice:
+        say(first.notice)
+    stride = max(tap.stride for tap in find_taps(first.model, first.size))
+    geometry = conditions.Geometry.make(settings.geometry, settings.size, _patch(first, stride))
+    network = first
+    if geometry.size != tuple(first.size):
+        network = models.create(first.name, settings.weights if first.name == settings.model else "auto",
+                                geometry.size, settings.seed)  # fmt: skip
+        if settings.geometry == "crop":
+            say(f"input size {geometry.size[0]}x{geometry.size[1]}, the next multiple of the network's stride")
+    settings = replace(settings, model=network.name)
+    network.model.to(device)
+    taps = find_taps(network.model, geometry.size, settings.layers)
+    made = plan.make(records, settings)
+    for note in made.notes:
+        say(note)
+    twin = None
+    if "random" in settings.conditions and made.control:
+        twin = models.create(network.name, "random", geometry.size, settings.seed)
+        twin.model.to(device)
+    bench = measure.Bench(made, network, taps, geometry, layouts.resolve_conversion(records), twin, device,
+                          machine.batch_size or (16 if device != "cpu" else 4), machine.workers)  # fmt: skip
+    return Job(settings, made, bench, missing, registration_of(made.records, geometry))
+
+
+def _patch(network: models.Network, stride: int) -> int:
+    """What the input must be a multiple of: the patch of a plain ViT, the largest stride of anything else."""
+    patch = getattr(getattr(network.model, "patch_embed", None), "patch_size", None)
+    blocks = getattr(network.model, "blocks", None)
+    return int(patch[0]) if isinstance(patch, tuple) and blocks is not None else stride
+
+
+def registration_of(records: Sequence[PairRecord], geometry: conditions.Geometry) -> dict[str, Any]:
+    """Median of the shifts that the data set's list brings (est_shift_*), in network px; confident ones only."""
+    found, scales = [], []
+    for record in records:
+        meta = record.meta
+        if "width" in meta and "height" in meta:
+            scales.append(geometry.scale(int(meta["height"]), int(meta["width"])))
+            if float(meta.get("est_shift_conf") or 0) >= 6 and meta.get("est_shift_px") not in (None, ""):
+                found.append(float(meta["est_shift_px"]) * scales[-1])
+    return {"scale": float(np.mean(scales)) if scales else None, "registration_n": len(found),
+            "registration_px": float(np.median(found)) if found else None}  # fmt: skip
+
+
+def claim_folder(run: Path, settings: Settings, resume: bool) -> None:
+    """Make the run folder, or take up the run in it; its settings must be the same."""
+    note = run / shards.FOLDER / "settings.json"
+    own = json.loads(json.dumps(asdict(settings)))
+    if resume:
+        if not note.is_file():
+            raise RunError(f"nothing to resume in {run}; expected the folder of an interrupted run (--out).")
+        stored = json.loads(note.read_text())
+        unlike = [name for name in own if stored.get(name) != own[name]]
+        if unlike:
+            raise RunError(f"{run} was started with {unlike[0]} = {stored.get(unlike[0])}, now {own[unlike[0]]}; "
+                           "give the same options or another --out.")  # fmt: skip
+        return
+    if run.exists() and any(run.iterdir()):
+        raise RunError(f"{run} exists; give another --out, or --resume to finish it.")
+    schema.write_text(note, json.dumps(own, indent=1))
+
+
+def process() -> tuple[int, int]:
+    """(rank, world size) as torchrun sets them; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def joined(world: int):  # type: ignore[no-untyped-def]
+    """A process group while several processes share a run; yields the barrier they meet at."""
+    if world == 1:
+        yield lambda: None
+        return
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.barrier
+    finally:
+        distributed.destroy_process_group()
+
+
+def measure_all(job: Job, run: Path, progress: measure.Progress, meet: Callable[[], None] = lambda: None) -> None:
+    """Measure every block that has no shard yet: mean maps first, then the rest; blocks dealt out by rank."""
+    rank, world = process()
+    for kinds in (("mean",), ("main", "control")):
+        mine = [block for block in job.plan.blocks if block.kind in kinds][rank::world]
+        for block in mine:
+            if shards.done(run, block.name):
+                progress(len(block.records), "kept")
+                continue
+            measure.run_block(job.bench, block, run, progress)
+            _check_bad(job, run)
+        meet()
+
+
+def _check_bad(job: Job, run: Path) -> None:
+    bad = {skip["id"] for block in job.plan.blocks if shards.path_of(run, block.name).is_file()
+           for skip in shards.load(run, block.name).skipped}  # fmt: skip
+    if len(bad) > job.settings.max_bad:
+        raise DataError(f"{len(bad)} pairs cannot be read, more than --max-bad {job.settings.max_bad}; first "
+                        f"{sorted(bad)[0]}. See them all: freqkd-analyze data verify {job.settings.data}")  # fmt: skip
+
+
+def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[str], machine: Machine) -> None:
+    """Merge the shards into spectra.parquet and coherence.parquet and write the manifest."""
+    bench, names = job.bench, [block.name for block in job.plan.blocks if block.kind != "mean"]
+    atoms = {layer: bands.atoms() for layer, bands in bench.bands.items()}
+    lows, highs = ({layer: getattr(a, side) for layer, a in atoms.items()} for side in ("f_lo", "f_hi"))
+    shards.merge(run, names, bench.taps, lows, highs, bench.modes())
+    control = [block.name for block in job.plan.of_kind("control")]
+    gathered = shards.gather(run, [block.name for block in job.plan.blocks])
+    if control:
+        schema.write(shards.coherence(run, control, bench.taps, bench.bands), run / "coherence.parquet")
+    config = asdict(job.settings) | {"device": bench.device, "workers": machine.workers,
+                                     "batch_size": machine.batch_size or "auto", "ir_conversion": bench.conversion}  # fmt: skip
+    used = [record for record in job.plan.records if record.id not in {skip["id"] for skip in gathered["skipped"]}]
+    data = {"spec": job.settings.data, "n": len(used), "groups": len({r.group for r in used}),
+            "control_n": len(job.plan.control), "skipped": gathered["skipped"], "missing": job.missing,
+            "day": sum(r.time == "day" for r in used), "night": sum(r.time == "night" for r in used),
+            "id_sha256": provenance.sha256_lines(r.id for r in used), **job.registration,
+            "input": list(bench.geometry.size), "blocks": job.plan.describe(), "notes": list(job.plan.notes)}  # fmt: skip
+    sections = {"config": config, "network": bench.network.describe(), "data": data,
+                "taps": [tap.describe() for tap in bench.taps], "conditions": gathered["conditions"],
+                "artefacts": gathered["artefacts"]}  # fmt: skip
+    environment = provenance.environment(bench.device, torch.get_num_threads())
+    provenance.write_manifest(run, provenance.manifest(sections, environment=environment, started=started,
+                                                       seconds=seconds, command=command))  # fmt: skip
+
+
+def tables_and_report(run: Path, say: Say = lambda text: None) -> dict[str, Any]:
+    """Everything that follows from spectra.parquet: tables, figures, report, methods. Returns the verdict."""
+    from freqkd_analysis.figures import write_figures
+    from freqkd_analysis.methods_text import write_methods
+    from freqkd_analysis.report import write_report
+    from freqkd_analysis.summary import summarize
+
+    say("tables")
+    verdict = summarize(run)
+    say("figures and report")
+    write_figures(run)
+    write_methods(run)
+    write_report(run)
+    return verdict
+
+
+def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
+        progress: Callable[[Job], contextlib.AbstractContextManager[measure.Progress]],
+        command: Sequence[str]) -> dict[str, Any] | None:  # fmt: skip
+    """The whole job. Returns the verdict, or None in a process that is not the first."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    rank, world = process()
+    with joined(world) as meet:
+        job = prepare(settings, machine, say if rank == 0 else lambda text: None)
+        if rank == 0:
+            claim_folder(out, job.settings, resume)
+        meet()
+        with progress(job) as step:
+            measure_all(job, out, step, meet)
+        if rank != 0:
+            return None
+        finish(job, out, started, time.monotonic() - clock, command, machine)
+    verdict = tables_and_report(out, say)
+    shutil.rmtree(out / shards.FOLDER)
+    return verdict
+
+
+def dry_run(job: Job) -> dict[str, Any]:
+    """Time, memory and disk from one batch, without writing."""
+    bench, block = job.bench, job.plan.of_kind("main")[0]
+    few = replace(block, records=block.records[: bench.batch])
+    shard = shards.Shard()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    plain = replace(job.plan, blocks=tuple(b for b in job.plan.blocks if b.kind == "main"))
+    trial = replace(bench, plan=plain, meters={})
+    for _ in range(2):  # the first pays for cold caches
+        clock = time.monotonic()
+        shard = measure.main_block(trial, few, Path(), lambda n, text: None)
+        seconds = time.monotonic() - clock
+    if not shard.pairs["paired"]:
+        raise CheckFailed(f"no pair of the first batch could be read: {shard.skipped[0]['reason']}")
+    names = [name for name, a, b in conditions.image_comparisons(
+        bench.geometry, *[torch.zeros(3, 64 + max(bench.geometry.size), 64 + max(bench.geometry.size))] * 2,
+        job.settings.conditions, 0)] if job.plan.control else []  # fmt: skip
+    images = {"mean": 2, "main": 2, "control": 2 + len(names) + 2 * ("random" in job.settings.conditions)}
+    forwards = sum(images[block.kind] * len(block.records) for block in job.plan.blocks)
+    each = seconds / (2 * len(few.records))
+    state = sum(4 * meter.z[0].nelement() * 4 for meter in bench.meters.values())
+    rows = sum(int((meter.modes > 0).sum()) for meter in bench.meters.values())
+    per_pair = 4 * job.plan.describe()["main"] + (len(names) + 3) * job.plan.describe()["control"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if bench.device != "cpu" else peak
+    return {"pairs": len(job.plan.records), "groups": len({r.group for r in job.plan.records}), "images": forwards,
+            "network": bench.network.name, "weights": bench.network.source, "input": list(bench.geometry.size),
+            "layers": [{"layer": t.layer, "tap": t.tap, "grid": list(t.grid), "stride": t.stride,
+                        "channels": t.channels, "modes": bench.bands[t.layer].modes.tolist()} for t in bench.taps],
+            "seconds": round(forwards * each, 1), "memory_bytes": int(memory + state),
+            "disk_bytes": int(rows * per_pair * 40), "batch_size": bench.batch, "device": bench.device}  # fmt: skip

@@ -1,0 +1,216 @@
+"""The fast road from two feature maps of one tap to their spectra, inside a forward pass.
+
+Same real transform as `spectral`, arranged for speed: two matrix products a map, three maps of scratch that are used
+again for every pair, the difference of the maps formed before anything is transformed, and one float64 product at the
+end that bins all pairs of a block. With `references` it also takes, from the coefficients at hand, the products that
+the shuffled and mean-removed comparisons need; neither costs a further transform.
+
+Shapes: N = H W tokens, C channels, A atoms, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freqkd_analysis.bands import Bands, fine_rings
+from freqkd_analysis.errors import BandsError
+from freqkd_analysis.spectral import complex_maps, hann, real_basis, real_numbers, standardize
+
+
+def atom_index(bands: Bands, window: str = "none") -> np.ndarray:
+    """(H, W) atom of each coefficient of the real transform; its (k, l)-th coefficient has |u| = numbers(k) / H."""
+    if not bands.mirrored:
+        return bands.atoms().index
+    if window == "dct":  # row k is k half cycles: the same radius as mode k of a grid twice the size
+        doubled = (2 * bands.grid[0], 2 * bands.grid[1])
+        return fine_rings(bands, doubled)[: bands.grid[0], : bands.grid[1]]
+    rows, columns = (real_numbers(n) for n in bands.grid)
+    return bands.atoms().index[rows[:, None], columns[None, :]]
+
+
+@dataclass
+class References:
+    """What a block compares its pairs with, as coefficients of the transform, (N, C) each.
+
+    stack: mean map of the visible features, mean map of the infrared features (other groups' pairs), previous
+    infrared map in the chain. first: the first visible map, kept to close the chain.
+    """
+
+    stack: Tensor
+    first: Tensor | None = None
+
+    @property
+    def previous(self) -> Tensor:
+        return self.stack[2]
+
+
+class Spectrometer:
+    """Spectra of pairs of (N, C) maps on one grid with one number of channels. Not thread-safe: scratch is shared.
+
+    Args:
+        bands: its atoms are the bins.
+        channels: C.
+        window: `none`, `hann` (multiplies both maps) or `dct`.
+        standardization: applied to both maps first, see `spectral.standardize`.
+        like: another of the same grid, channels and window whose scratch to share.
+
+    Example:
+        >>> meter = Spectrometer(Bands.parse("octave:3", grid=(4, 6)), channels=5)
+        >>> x = torch.ones(24, 5)
+        >>> meter.measure(x, -x)
+        >>> pa, pb, re, pd = meter.collect()["energies"][0].T
+        >>> round(float(pa.sum())), round(float(re.sum())), round(float(pd.sum()))
+        (120, -120, 480)
+    """
+
+    def __init__(self, bands: Bands, channels: int, window: str = "none", standardization: str = "none",
+                 device: torch.device | str = "cpu", like: Spectrometer | None = None) -> None:  # fmt: skip
+        height, width = bands.grid
+        self.bands, self.channels, self.standardization = bands, channels, standardization
+        self.complex = not bands.mirrored
+        if bands.edges2 is None and window == "dct":
+            raise BandsError(f'bands "{bands.text}" are defined on Fourier modes; expected rings with --window dct.')
+        self.norms: list[Tensor] = []
+        self.products: list[Tensor] = []
+        if like is not None:  # same grid and channels: one scratch for all
+            for name in ("rows", "columns", "taper", "atoms", "select", "modes", "z", "half"):
+                setattr(self, name, getattr(like, name))
+            return
+        self.rows = torch.as_tensor(real_basis(height, window), dtype=torch.float32, device=device)
+        self.columns = torch.as_tensor(real_basis(width, window), dtype=torch.float32, device=device)
+        self.taper: Tensor | None = None
+        if window == "hann":
+            taper = hann(height)[:, None] * hann(width)
+            self.taper = torch.as_tensor(taper, dtype=torch.float32, device=device).reshape(-1, 1)
+        index = atom_index(bands, window).reshape(-1)
+        self.atoms = len(bands.atoms())
+        self.select = torch.as_tensor(np.eye(self.atoms)[index], dtype=torch.float64, device=device)
+        self.modes = np.bincount(index, minlength=self.atoms)
+        self.z = torch.empty(2, height * width, channels * (2 if self.complex else 1), device=device)
+        self.half = torch.empty(height, width * channels, device=device)
+
+    def transform(self, x_NC: Tensor, out: Tensor) -> None:
+        """Coefficients of one map into `out`; rows of `out` are ordered as `atom_index`."""
+        height, width = self.bands.grid
+        if self.complex:
+            out.copy_(complex_maps(x_NC, self.bands.grid))
+            return
+        torch.mm(self.rows, x_NC.reshape(height, width * self.channels), out=self.half)
+        torch.bmm(self.columns.expand(height, width, width), self.half.view(height, width, self.channels),
+                  out=out.view(height, width, self.channels))  # fmt: skip
+
+    @torch.no_grad()
+    def measure(self, x_NC: Tensor, y_NC: Tensor, references: References | None = None) -> None:
+        """Add one pair. Both maps (N, C), any floating type, on this device."""
+        with torch.autocast(self.z.device.type, enabled=False):
+            x, y = self._prepared(x_NC), self._prepared(y_NC)
+            zx, zd = self.z
+            norms = torch.empty(3, zx.shape[0], device=zx.device)
+            # The difference first: transformed energies would cancel where the maps nearly agree.
+            d = x - y if self.complex else torch.sub(x, y, out=zd)
+            self.transform(x, zx)
+            self.transform(d, zd)
+            torch.linalg.vector_norm(zx, dim=1, out=norms[0])
+            torch.linalg.vector_norm(zd, dim=1, out=norms[2])
+            zy = torch.sub(zx, zd, out=zd)
+            torch.linalg.vector_norm(zy, dim=1, out=norms[1])
+            self.norms.append(norms)
+            if references is not None:
+                self._compare(references)
+
+    def _compare(self, references: References) -> None:
+        """Products of this pair's coefficients with the mean maps and with the chain's previous infrared map."""
+        right = references.stack.permute(1, 2, 0)
+        self.products.append(torch.bmm(self.z.permute(1, 0, 2), right))  # (N, 2, 3)
+        references.previous.copy_(self.z[1])
+        if references.first is None:
+            references.first = self.z[0].clone()
+
+    def link(self, references: References) -> Tensor:
+        """(N,) product of the first visible map with the last infrared map: the link that closes the chain."""
+        assert references.first is not None
+        return (references.first * references.previous).sum(1)
+
+    def constants(self, references: References) -> np.ndarray:
+        """(3, A) energies of both mean maps and their cross energy."""
+        x, y = references.stack[:2]
+        return self.bin(torch.stack([(x * x).sum(1), (y * y).sum(1), (x * y).sum(1)]))
+
+    @torch.no_grad()
+    def coefficients(self, x_NC: Tensor) -> Tensor:
+        """Coefficients of one map, in scratch that the next call overwrites."""
+        with torch.autocast(self.z.device.type, enabled=False):
+            self.transform(self._prepared(x_NC), self.z[0])
+        return self.z[0]
+
+    def forget(self) -> None:
+        """Drop pairs not yet collected."""
+        self.norms, self.products = [], []
+
+    def _prepared(self, x_NC: Tensor) -> Tensor:
+        if self.standardization != "none":
+            x_NC = standardize(x_NC[None], self.standardization)[0]
+        if self.taper is not None:
+            x_NC = x_NC * self.taper
+        return x_NC if x_NC.dtype == torch.float32 and x_NC.is_contiguous() else x_NC.float().contiguous()
+
+    def bin(self, per_mode: Tensor) -> np.ndarray:
+        """Sum (..., N) values per mode into (..., A), in float64."""
+        return (per_mode.double() @ self.select).cpu().numpy()
+
+    def collect(self) -> dict[str, np.ndarray]:
+        """Binned sums of all pairs since the last call, and forget them.
+
+        Returns: `energies` (P, A, 4): pa, pb, re, pd. With references also `products` (P, A, 6): the pair's x and y
+            (outer) with mean x, mean y and previous y (inner).
+        """
+        squares = self.bin(torch.stack(self.norms).double().square())
+        pa, pb, pd = squares[:, 0], squares[:, 1], squares[:, 2]
+        out = {"energies": np.stack([pa, pb, (pa + pb - pd) / 2, pd], axis=-1)}
+        if self.products:
+            stacked = torch.stack(self.products).flatten(2).transpose(1, 2)  # (P, 6, N)
+            out["products"] = self.bin(stacked).transpose(0, 2, 1)
+        self.forget()
+        return out
+
+
+def shuffled(energies: np.ndarray, cross: np.ndarray, partner: list[int]) -> np.ndarray:
+    """(P, A, 4) energies of visible p against infrared partner[p]; cross: (P, A) their cross energy."""
+    pa, pb = energies[:, :, 0], energies[partner][:, :, 1]
+    return np.stack([pa, pb, cross, pa + pb - 2 * cross], axis=-1)  # far from equal: the formula is safe
+
+
+def mean_removed(energies: np.ndarray, products: np.ndarray, constants: np.ndarray) -> np.ndarray:
+    """(P, A, 4) energies after each modality's mean map is subtracted.
+
+    products: (P, A, 6) of `Spectrometer.collect`; constants: (3, A) of `Spectrometer.constants`.
+    """
+    pa, pb, re, pd = np.moveaxis(energies, -1, 0)
+    xmx, xmy, _, ymx, ymy, _ = np.moveaxis(products, -1, 0)
+    mxx, myy, mxy = constants
+    difference = pd - 2 * (xmx - xmy - ymx + ymy) + mxx - 2 * mxy + myy
+    parts = [pa - 2 * xmx + mxx, pb - 2 * ymy + myy, re - xmy - ymx + mxy, difference]
+    squares = (0, 1, 3)  # below zero only by rounding
+    return np.stack([np.maximum(part, 0) if i in squares else part for i, part in enumerate(parts)], axis=-1)
+
+
+def pixel_spectra(visible_HW: np.ndarray, infrared_HW: np.ndarray, bands: Bands) -> tuple[np.ndarray, np.ndarray]:
+    """Spectra of two grey images at the physical frequencies of a tap's bands.
+
+    Returns: (A, 4) pa, pb, re, pd, and (A,) modes in each ring (0 where the image has none).
+    """
+    assert bands.stride is not None
+    height, width = visible_HW.shape
+    index = fine_rings(bands, (height, width), bands.stride)
+    numbers = (real_numbers(height)[:, None], real_numbers(width)[None, :])
+    ring = index[numbers].ravel()
+    rows, columns = real_basis(height), real_basis(width)
+    x, y, d = (rows @ image.astype(np.float64) @ columns.T
+               for image in (visible_HW, infrared_HW, visible_HW - infrared_HW))  # fmt: skip
+    count, inside = len(bands.atoms()), ring >= 0
+    sums = [np.bincount(ring[inside], (part.ravel())[inside], count) for part in (x * x, y * y, x * y, d * d)]
+    return np.stack(sums, axis=-1), np.bincount(ring[inside], minlength=count)
