@@ -198,7 +198,7 @@ class _Means:
         found = {}
         for name, value in estimate.items():
             many, without = (x[name].reshape(len(x[name]), -1) for x in (draws, jackknife))
-            got = statistics.bca(value.reshape(-1), many, without)
+            got = statistics.bca(value.reshape(-1), many, without, self.unit.effective)
             found[name] = Interval(*(part.reshape(value.shape) for part in got))
         return found
 

@@ -37,6 +37,12 @@ class Units:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def effective(self) -> float:
+        """How many equally large units are worth as much: (sum of sizes)^2 / sum of squared sizes."""
+        sizes = np.bincount(self.index, minlength=len(self)).astype(float)
+        return float(sizes.sum() ** 2 / (sizes**2).sum())
+
 
 class Interval(NamedTuple):
     """An estimate and its limits, each (R,); `method` (R,) is "bca", "percentile" or "none" (no number to give)."""
@@ -121,10 +127,10 @@ def resample(sums: Array, weights: Array) -> Totals:
     return Totals(total, weights @ sums, total - sums)
 
 
-def interval(sums: Array, statistic: Statistic, weights: Array, level: float = LEVEL) -> Interval:
+def interval(sums: Array, statistic: Statistic, weights: Array, effective: float | None = None) -> Interval:
     """Cluster-bootstrap interval of `statistic`, a function of column totals (..., Q) -> (..., R).
 
-    BCa with a jackknife over groups; see `bca` for the fallback.
+    BCa with a jackknife over groups; see `bca` for the fallback and for `effective`.
 
     Example:
         >>> sums = np.column_stack([np.arange(1.0, 21.0), np.full(20, 2.0)])
@@ -134,16 +140,17 @@ def interval(sums: Array, statistic: Statistic, weights: Array, level: float = L
     """
     totals = resample(sums, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return bca(statistic(totals.all), statistic(totals.draws), statistic(totals.jackknife), level)
+        return bca(statistic(totals.all), statistic(totals.draws), statistic(totals.jackknife), effective)
 
 
-def bca(estimate: Array, draws: Array, jackknife: Array, level: float = LEVEL) -> Interval:
+def bca(estimate: Array, draws: Array, jackknife: Array, effective: float | None = None) -> Interval:
     """Bias-corrected and accelerated limits from `draws` (D, R) and `jackknife` (G, R) values of a statistic.
 
     The tail probabilities are those of Student's t with G - 1 degrees of freedom, widened by sqrt(G / (G - 1)): the
-    bootstrap's own spread is too small by that factor when groups are few (Hesterberg's expanded limits). Where
-    bias or acceleration has no value (no spread, all draws on one side, a jackknife value missing) the limits are
-    plain percentiles and `method` says so. A statistic without a value, or with under half of its draws finite,
+    bootstrap's own spread is too small by that factor when groups are few (Hesterberg's expanded limits). G is
+    `effective`, the number of equally large groups that are worth as much (`Units.effective`); all by default.
+    Where bias or acceleration has no value (no spread, all draws on one side, a jackknife value missing) the limits
+    are plain percentiles and `method` says so. A statistic without a value, or with under half of its draws finite,
     gets NaN and "none".
     """
     estimate, draws, jackknife = np.atleast_1d(estimate), np.atleast_2d(draws), np.atleast_2d(jackknife)
@@ -151,7 +158,7 @@ def bca(estimate: Array, draws: Array, jackknife: Array, level: float = LEVEL) -
     draws = np.sort(np.where(np.isfinite(draws), draws, np.nan), axis=0)  # NaN goes last
     valid = np.sum(~np.isnan(draws), axis=0)
     usable = np.isfinite(estimate) & (valid * 2 > len(draws)) & (n_groups > 1)
-    tail = _tail(level, n_groups)
+    tail = _tail(n_groups if effective is None else effective)
     with np.errstate(divide="ignore", invalid="ignore"):
         below = np.sum(draws < estimate, axis=0) + 0.5 * np.sum(draws == estimate, axis=0)
         bias = ndtri(below / valid)
@@ -171,10 +178,10 @@ def bca(estimate: Array, draws: Array, jackknife: Array, level: float = LEVEL) -
     return Interval(estimate, np.where(usable, low, np.nan), np.where(usable, high, np.nan), method)
 
 
-def _tail(level: float, n_groups: int) -> float:
-    if n_groups < 2:
-        return (1.0 - level) / 2.0
-    t = stdtrit(n_groups - 1, (1.0 - level) / 2.0) * np.sqrt(n_groups / (n_groups - 1.0))
+def _tail(n_groups: float) -> float:
+    if n_groups <= 1:
+        return (1.0 - LEVEL) / 2.0
+    t = stdtrit(n_groups - 1.0, (1.0 - LEVEL) / 2.0) * np.sqrt(n_groups / (n_groups - 1.0))
     return float(ndtr(t))
 
 
@@ -301,5 +308,6 @@ def convergence(
         picked = np.sort(order[:n])
         unit = units([pairs[i] for i in picked], [groups[i] for i in picked])
         columns = np.concatenate(group_sums(values[picked], unit.index, len(unit)), axis=1)
-        rows.append((n, len(unit), interval(columns, statistic, bootstrap_weights(len(unit), draws, seed))))
+        weights = bootstrap_weights(len(unit), draws, seed)
+        rows.append((n, len(unit), interval(columns, statistic, weights, unit.effective)))
     return rows

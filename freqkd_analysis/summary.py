@@ -142,7 +142,7 @@ def _summary(values: Cube, draws: int, seed: int) -> pd.DataFrame:
 
 def _mean_interval(values: Array, unit: statistics.Units, draws: int, seed: int) -> Interval:
     """Interval of the mean of `values` (P, L, K) per layer, `all` and band: ((L + 1) K,)."""
-    return statistics.interval(*_mean_columns(values, unit, draws, seed))
+    return statistics.interval(*_mean_columns(values, unit, draws, seed), unit.effective)
 
 
 def _mean_columns(values: Array, unit: statistics.Units, draws: int, seed: int) -> tuple[Array, Any, Array]:
@@ -372,4 +372,5 @@ def _unpaired(sides: list[Array], units: list[statistics.Units], draws: int, see
         parts.append([means(t) for t in statistics.resample(columns, weights)[:2]])
     estimate, spread = (a - b for a, b in zip(*parts, strict=True))
     # Without one jackknife for two samples there is no acceleration: percentile.
-    return statistics.bca(estimate, spread, np.zeros((min(map(len, units)), len(estimate))))
+    none = np.zeros((min(map(len, units)), len(estimate)))
+    return statistics.bca(estimate, spread, none, min(unit.effective for unit in units))
