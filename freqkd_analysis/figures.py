@@ -243,10 +243,12 @@ def _profile(run: Run) -> tuple[pd.DataFrame, int]:
     taps = {int(tap["layer"]): tap for tap in run.get("taps", default=[])}
     places = sums["layer"].map({layer: int(np.prod(tap["grid"])) for layer, tap in taps.items()}).to_numpy(float)
     channels = sums["layer"].map({layer: tap["channels"] for layer, tap in taps.items()}).to_numpy(float)
-    parts = [sums[f"{name}_sum"].to_numpy() for name in energies]
+    p_rgb, p_ir, cross, p_diff = (sums[f"{name}_sum"].to_numpy() for name in energies)
     pairs = len(table["pair"].unique())
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = MEASURES[run.measure](*parts, sums["modes"].to_numpy(float), places, channels * pairs)
+        value = MEASURES[run.measure](
+            p_rgb, p_ir, cross, p_diff, sums["modes"].to_numpy(float), places, channels * pairs
+        )
     sums = sums.assign(frequency=(sums["f_lo"] + sums["f_hi"]) / 2, value=value).dropna(subset="value")
     sums.loc[sums["radius"] == 0, "frequency"] = 0.0
     sums = sums.sort_values(["layer", "radius"]).reset_index(drop=True)

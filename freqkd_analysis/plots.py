@@ -243,9 +243,9 @@ def equivalent_shift(table: pd.DataFrame, ax: Axes) -> Axes:
         for _, row in table[table["band"] == band].iterrows():
             x = row["layer"] + move
             value, beyond = parse_shift(row["shift_px"])
-            ends = [parse_shift(row[end])[0] for end in ("ci_low", "ci_high")]
-            if ends[0] is not None and ends[1] is not None:
-                ax.plot([x, x], ends, color=colour, lw=0.9, marker="_", ms=3)
+            low, high = (parse_shift(row[end])[0] for end in ("ci_low", "ci_high"))
+            if low is not None and high is not None:
+                ax.plot([x, x], [low, high], color=colour, lw=0.9, marker="_", ms=3)
             if value is not None:
                 ax.plot(x, value, color=colour, marker="^" if beyond else marker, mfc=PAPER if beyond else colour,
                         ls="none", ms=4.5 if beyond else None)  # fmt: skip
@@ -336,6 +336,7 @@ def _legend_below(ax: Axes, columns: int) -> None:
 
 
 def _viridis(position: float) -> tuple[float, float, float, float]:
+    """Viridis without its ends, which vanish on a black or on a white page."""
     from matplotlib import colormaps
 
-    return tuple(float(v) for v in colormaps["viridis"](0.92 * position))  # type: ignore[return-value]
+    return tuple(float(v) for v in colormaps["viridis"](0.22 + 0.7 * position))  # type: ignore[return-value]

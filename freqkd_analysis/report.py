@@ -108,6 +108,8 @@ def inline_svg(figure: Drawn) -> str:
 
     Without the prefix the identifiers of two figures would meet and one would borrow the other's clip paths.
     """
+    import markupsafe
+
     svg = figure.svg[figure.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.S)  # it would rule the whole page; report.css has it
@@ -116,7 +118,8 @@ def inline_svg(figure: Drawn) -> str:
         svg = svg.replace(colour, page)
     svg = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", svg)
     svg = re.sub(r'^<svg([^>]*?) height="[^"]*"', r"<svg\1", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-labelledby="title-{figure.name}"', 1)
+    label = markupsafe.escape(figure.title.splitlines()[0])
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _notices(run: Run) -> list[str]:
@@ -169,7 +172,7 @@ def _warnings(run: Run) -> list[str]:
         found.append(f"Only {'day' if data('night') == 0 else 'night'} pairs: nothing is said about the other.")
     skipped = data("skipped") or []
     if skipped:
-        found.append(f"{len(skipped)} pairs were skipped; they are listed below.")
+        found.append(f"Skipped pairs: {len(skipped)}, listed below.")
     return found
 
 
@@ -266,7 +269,8 @@ def _layers_table(run: Run) -> dict[str, Any]:
     means = {
         key: part.set_index("band") for key, part in run.summary.groupby(["condition", "measure", "layer"], sort=False)
     }
-    listed, near = [], {}
+    listed: list[dict[str, Any]] = []
+    near: dict[tuple[str, str], dict[str, Any]] = {}
     for condition in conditions:
         for measure in measures:
             for row in rows(run.ratio, condition=condition, measure=measure).to_dict("records"):
