@@ -62,6 +62,9 @@ class Canvas:
 
     camera: Camera
     ids: np.ndarray
+    pad: int = 0
+    """Painted pixels outside the image on every side. Coordinates count from the image's corner, so that the pad
+    changes nothing inside it, not even by rounding."""
     materials: list[Material] = field(default_factory=list)
     places: list[tuple[float, int, int, float, float]] = field(default_factory=list)
     """Per material: depth in metres, class, instance (-1 none), texture anchor u and v."""
@@ -78,20 +81,20 @@ class Canvas:
     def rect(self, u0: float, v0: float, u1: float, v1: float, number: int) -> None:
         """Fill an upright rectangle."""
         height, width = self.ids.shape
-        a, b = max(round(v0), 0), min(round(v1), height)
-        c, d = max(round(u0), 0), min(round(u1), width)
+        a, b = max(round(v0) + self.pad, 0), min(round(v1) + self.pad, height)
+        c, d = max(round(u0) + self.pad, 0), min(round(u1) + self.pad, width)
         if a < b and c < d:
             self.ids[a:b, c:d] = number
 
     def window(self, u0: float, v0: float, u1: float, v1: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """The part of the map inside a box, with its pixel centres as a row and a column; None when outside."""
         height, width = self.ids.shape
-        a, b = max(int(v0), 0), min(int(v1) + 1, height)
-        c, d = max(int(u0), 0), min(int(u1) + 1, width)
+        a, b = max(int(v0 // 1) + self.pad, 0), min(int(v1 // 1) + self.pad + 1, height)
+        c, d = max(int(u0 // 1) + self.pad, 0), min(int(u1 // 1) + self.pad + 1, width)
         if a >= b or c >= d:
             return None
-        us = np.arange(c, d, dtype=np.float32) + np.float32(0.5)
-        vs = (np.arange(a, b, dtype=np.float32) + np.float32(0.5))[:, None]
+        us = np.arange(c - self.pad, d - self.pad, dtype=np.float32) + np.float32(0.5)
+        vs = (np.arange(a - self.pad, b - self.pad, dtype=np.float32) + np.float32(0.5))[:, None]
         return self.ids[a:b, c:d], us, vs
 
     def poly(self, points: Sequence[tuple[float, float]], number: int) -> None:

@@ -35,6 +35,9 @@ DEFAULTS: dict[str, str] = {
 """Every option of a synthetic set: number of pairs, of sequences, width x height in pixels, displacement of the
 infrared content as right:down in pixels, share of night sequences, seed."""
 
+Found = tuple[str, int, int, int, tuple[float, float, float, float]]
+"""A car, person or cyclist: label, first material and one past the last, pixels painted, box u0, v0, u1, v1."""
+
 STEP = 0.4
 """Seconds between two frames of a sequence."""
 
@@ -139,22 +142,24 @@ def scene(
     """
     width, height = size
     world = world_of(seed, group, night)
-    margin = int(np.ceil(max(abs(shift[0]), abs(shift[1])))) + 2 if any(shift) else 0
+    margin = 4 * int(np.ceil((max(abs(shift[0]), abs(shift[1])) + 2) / 4)) if any(shift) else 0
     rng = np.random.default_rng([seed, group, frame, 1])
     time = STEP * frame
     tilt = float(np.sin(0.9 * time + group)) * 0.004 * height
     camera = Camera(
         focal=0.85 * width * SCALE,
-        cx=(width / 2 + margin) * SCALE,
-        horizon=(world.horizon * height + margin + tilt) * SCALE,
+        cx=width / 2 * SCALE,
+        horizon=(world.horizon * height + tilt) * SCALE,
         height=1.5,
     )
-    canvas = Canvas(camera, np.zeros(((height + 2 * margin) * SCALE, (width + 2 * margin) * SCALE), np.int16))
+    canvas = Canvas(
+        camera, np.zeros(((height + 2 * margin) * SCALE, (width + 2 * margin) * SCALE), np.int16), margin * SCALE
+    )
     paint_ground(canvas, world, time)
     found = paint_things(canvas, world, time)
     view = sensors.look(canvas, world, time)
     inner = slice(margin, margin + height), slice(margin, margin + width)
-    rgb = sensors.visible(view, world, rng)[inner]
+    rgb = sensors.visible(view, world, inner)
     ir = sensors.infrared(view, world, shift, inner, seed, rng)
     return PairedSample(
         sensors.noisy_rgb(rgb, world.weather.night, rng), ir, f"g{group:03d}_{frame:05d}", f"g{group:03d}",
@@ -162,7 +167,7 @@ def scene(
             "source": "synthetic", "time": "night" if night else "day", "shift": (float(shift[0]), float(shift[1])),
             "mask": view.kind[inner].astype(np.uint8), "visible_is_grey": False,
             "ir_conversion": "synthetic gain control",
-            **annotate(canvas, found, margin, (width, height), shift),
+            **annotate(canvas, found, size, shift),
         },
     )  # fmt: skip
 
@@ -190,12 +195,13 @@ def paint_ground(canvas: Canvas, world: World, time: float) -> None:
         canvas.kind = kind
         light = (albedo[0] * sun, albedo[1] * sun, albedo[2] * sun)
         canvas.add(Material(light, w.heat(albedo[1], facing) + 1.0, 0.95, gain=0.2, gain_ir=0.55))
-    top = int(np.clip(round(cam.horizon), 0, ids.shape[0]))
-    columns = np.arange(ids.shape[1])
-    ridge = world.skyline[(columns * 512 // ids.shape[1]) % 512] * 0.09 * ids.shape[0] + 0.012 * ids.shape[0]
-    band = slice(max(0, top - int(0.11 * ids.shape[0])), top)
-    ids[band][np.arange(band.start, band.stop)[:, None] >= top - ridge] = 1
-    x, z = ground_plane(cam, np.arange(top, ids.shape[0]), columns, world)
+    rows, columns = (np.arange(n) - canvas.pad for n in ids.shape)
+    width, height = ids.shape[1] - 2 * canvas.pad, ids.shape[0] - 2 * canvas.pad
+    top = int(np.clip(round(cam.horizon) + canvas.pad, 0, ids.shape[0]))
+    ridge = (world.skyline[(columns * 512 // width) % 512] * 0.09 + 0.012) * height
+    band = slice(max(0, top - int(0.11 * height)), top)
+    ids[band][rows[band, None] >= round(cam.horizon) - ridge] = 1
+    x, z = ground_plane(cam, rows[top:], columns, world)
     side, along = np.abs(x), z + world.speed * time
     low = ids[top:]
     low[:] = 2
@@ -217,9 +223,7 @@ def ground_plane(cam: Camera, rows: np.ndarray, columns: np.ndarray, world: Worl
     return x + (np.float32(world.lane) - np.float32(world.curve) * z * z), z
 
 
-def paint_things(
-    canvas: Canvas, world: World, time: float
-) -> list[tuple[str, int, int, int, tuple[float, float, float, float]]]:
+def paint_things(canvas: Canvas, world: World, time: float) -> list[Found]:
     """Paint everything from far to near; returns, per car, person or cyclist, (label, first material, one past the
     last, pixels painted, box u0, v0, u1, v1 in painted pixels)."""
     placed = []
@@ -257,10 +261,7 @@ def extent(cam: Camera, thing: Thing, x: float, z: float) -> tuple[float, float,
     return u - 0.34 * px, v - tall * px, u + 0.34 * px, v
 
 
-def annotate(
-    canvas: Canvas, found: list[tuple[str, int, int, int, tuple[float, float, float, float]]], margin: int, size: tuple[int, int],
-    shift: tuple[float, float],
-) -> dict[str, Any]:  # fmt: skip
+def annotate(canvas: Canvas, found: list[Found], size: tuple[int, int], shift: tuple[float, float]) -> dict[str, Any]:
     """Boxes in image pixels with their visible part; what is covered by more than nine tenths is left out."""
     labels, boxes, seen, occlusion = [], [], [], []
     limit = np.array([size[0], size[1], size[0], size[1]], np.float64)
@@ -269,12 +270,12 @@ def annotate(
         assert view is not None
         mask = (view[0] >= first) & (view[0] < last)
         share = np.count_nonzero(mask) / painted
-        full = np.clip(np.array(box) / SCALE - margin, 0, limit)
+        full = np.clip(np.array(box) / SCALE, 0, limit)
         if share < 0.1 or full[3] - full[1] < 5 or full[2] - full[0] < 2:
             continue
         rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         u0, v0 = view[1][0] - 0.5, view[2][0, 0] - 0.5
-        part = np.array([u0 + cols[0], v0 + rows[0], u0 + cols[-1] + 1, v0 + rows[-1] + 1]) / SCALE - margin
+        part = np.array([u0 + cols[0], v0 + rows[0], u0 + cols[-1] + 1, v0 + rows[-1] + 1]) / SCALE
         part = np.clip(part, full[[0, 1, 0, 1]], full[[2, 3, 2, 3]])
         labels.append(label)
         boxes.append(full)

@@ -5,7 +5,7 @@ Arrays are (H, W) or (H, W, 3) float32 at image resolution, margin for misregist
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -30,8 +30,15 @@ class View:
     sky: np.ndarray
     x: np.ndarray
     z: np.ndarray
+    flat: np.ndarray
+    """Distance of the bare ground in each row, (H, 1): nearer things stand before it."""
+    rise: np.ndarray
+    """Height of each row above the horizon as a share of the image's height, (H, 1), 0 below it."""
     horizon: float
+    pad: int
     time: float
+    shade: np.ndarray
+    """Share of the sun that each ground pixel lacks, (H, W)."""
 
 
 def colour(red: float, green: float, blue: float) -> np.ndarray:
@@ -58,8 +65,9 @@ def look(canvas: Canvas, world: World, time: float) -> View:
     main = pooled(front, canvas.ids)
     glow = pooled(np.array([m.glow for m in mats], np.float32), canvas.ids) if w.night else None
     ids = canvas.ids[SCALE - 1 :: SCALE, ::SCALE]
-    rows = np.arange(ids.shape[0], dtype=np.float32)[:, None] + np.float32(0.5)
-    cols = np.arange(ids.shape[1], dtype=np.float32) + np.float32(0.5)
+    pad = canvas.pad // SCALE
+    rows = np.arange(-pad, ids.shape[0] - pad, dtype=np.float32)[:, None] + np.float32(0.5)
+    cols = np.arange(-pad, ids.shape[1] - pad, dtype=np.float32) + np.float32(0.5)
     focal, horizon = np.float32(cam.focal / SCALE), np.float32(cam.horizon / SCALE)
     ground = (ids >= 2) & (ids < 7)
     flat = np.where(rows > horizon, focal * np.float32(cam.height) / np.maximum(rows - horizon, 0.15), np.float32(400))
@@ -72,13 +80,16 @@ def look(canvas: Canvas, world: World, time: float) -> View:
     tu = ((cols - anchors[:, 0][ids]) * scale[ids]).astype(np.int32)
     stack = tiles()
     texture = stack[per[:, 2].astype(np.int8)[ids], tv & (SIDE - 1), tu & (SIDE - 1)]
-    low = int(np.clip(np.ceil(horizon), 0, ids.shape[0] - 1))
+    low = int(np.clip(np.ceil(horizon) + pad, 0, ids.shape[0] - 1))
+    rise = np.clip((horizon - rows) / np.float32(ids.shape[0] - 2 * pad), 0, 1)
     rough = ground_texture(x[low:], flat[low:] + np.float32(world.speed * time), flat[low:])
     np.copyto(texture[low:], rough, where=ground[low:])
-    return View(
+    view = View(
         main[..., :3], main[..., 3], glow, texture, per[:, 0][ids], per[:, 1][ids], place[:, 1].astype(np.uint8)[ids],
-        ground, ids == 0, x, z, float(horizon), time,
+        ground, ids == 0, x, z, flat, rise, float(horizon), pad, time,
+        np.zeros(ids.shape, np.float32),
     )  # fmt: skip
+    return replace(view, shade=shadows(view, world)) if w.sun > 0.3 else view
 
 
 def ground_texture(x: np.ndarray, along: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -95,8 +106,8 @@ def ground_texture(x: np.ndarray, along: np.ndarray, z: np.ndarray) -> np.ndarra
     return out
 
 
-def visible(view: View, world: World, rng: np.random.Generator) -> np.ndarray:
-    """Linear light at the camera, exposed: (H, W, 3), mostly in [0, 1]."""
+def visible(view: View, world: World, inner: tuple[slice, slice]) -> np.ndarray:
+    """Linear light at the camera, exposed for the inner frame and cut to it: (H, W, 3), mostly in [0, 1]."""
     from scipy import ndimage
 
     w = world.weather
@@ -107,30 +118,30 @@ def visible(view: View, world: World, rng: np.random.Generator) -> np.ndarray:
         assert view.glow is not None
         out = surface * light
         out[view.sky] = colour(0.006, 0.006, 0.009)
-        halo = ndimage.gaussian_filter(view.glow[::4, ::4].max(2), 2.5)
-        halo = ndimage.zoom(halo, 4, order=1)[: shape[0], : shape[1]]
-        halo = np.pad(halo, [(0, n - m) for n, m in zip(shape, halo.shape, strict=True)], mode="edge")
-        out += view.glow + halo[..., None] * colour(0.5, 0.42, 0.3)
+        out, glow = out[inner], view.glow[inner]
+        halo = ndimage.gaussian_filter(glow[::4, ::4].max(2), 2.5).repeat(4, 0).repeat(4, 1)
+        halo = ndimage.uniform_filter(halo, 5)[: out.shape[0], : out.shape[1]]
+        out += glow + halo[..., None] * colour(0.5, 0.42, 0.3)
         return out * np.float32(min(0.9 / max(float(np.percentile(out[::3, ::3], 97.5)), 0.06), 4.0))
     tone = colour(1.06, 1.0, 0.9) * np.float32(w.sun) + colour(0.95, 1.0, 1.08) * np.float32(1 - w.sun)
     out = surface * tone
-    out *= (1 - np.float32(0.55 * w.sun) * shadows(view, world))[..., None]
+    out *= (1 - np.float32(0.55 * w.sun) * view.shade)[..., None]
     air = colour(0.62, 0.7, 0.8) if w.sun > 0.5 else colour(0.66, 0.68, 0.7)
     haze = -np.expm1(-view.z / np.float32(260.0 if w.sun > 0.5 else 170.0))
     out += haze[..., None] * (air - out)
-    rise = np.clip((view.horizon - np.arange(shape[0], dtype=np.float32)) / shape[0] * 1.8, 0, 1)[:, None]
     zenith = colour(0.28, 0.45, 0.75) if w.sun > 0.5 else colour(0.6, 0.63, 0.68)
     cover = np.clip(0.5 + 0.45 * clouds(shape, view), 0, 1)[..., None] * np.float32(0.75)
-    sky = air + rise[..., None] * (zenith - air)
+    sky = air + np.minimum(1.8 * view.rise, 1)[..., None] * (zenith - air)
     sky = sky + cover * (np.float32(0.92) - sky)
     np.copyto(out, sky.astype(np.float32), where=view.sky[..., None])
+    out = out[inner]
     return out * np.float32(0.36 / max(float(out[::4, ::4].mean()), 0.1))
 
 
 def clouds(shape: tuple[int, ...], view: View) -> np.ndarray:
     """The cloud tile over the sky, drifting slowly: (H, W)."""
-    rows = (np.arange(shape[0]) * 1.4 + 40 + view.horizon).astype(np.int32) & (SIDE - 1)
-    cols = (np.arange(shape[1]) * 0.6 + 2 * view.time).astype(np.int32) & (SIDE - 1)
+    rows = ((np.arange(shape[0]) - view.pad) * 1.4 + 200 - view.horizon).astype(np.int32) & (SIDE - 1)
+    cols = ((np.arange(shape[1]) - view.pad) * 0.6 + 2 * view.time + 256).astype(np.int32) & (SIDE - 1)
     return tiles()[3][rows[:, None], cols]
 
 
@@ -140,12 +151,10 @@ def shadows(view: View, world: World) -> np.ndarray:
 
     w = world.weather
     shade = np.zeros(view.texture.shape, np.float32)
-    if w.sun <= 0.3:
-        return shade
-    low = int(np.clip(view.horizon + 2, 0, shade.shape[0] - 1))
-    x, z = view.x[low:], view.z[low:, :1] * 0 + view.z[low:].min(1, keepdims=True)
-    reach = 1 / np.tan(w.elevation)
-    dx, dz = -np.sin(w.azimuth) * reach, -np.cos(w.azimuth) * reach
+    low = int(np.clip(view.horizon + view.pad + 2, 0, shade.shape[0] - 1))
+    x, z = view.x[low:], view.flat[low:]
+    reach = float(1 / np.tan(w.elevation))
+    dx, dz = -float(np.sin(w.azimuth)) * reach, -float(np.cos(w.azimuth)) * reach
     for thing in world.things:
         if thing.what in ("building", "lamp"):
             continue
@@ -202,11 +211,11 @@ def infrared(
 
     w = world.weather
     heat = view.radiance + view.gain_ir * np.clip(view.texture, -2.5, 2.5)
-    heat -= np.float32(2.5 * w.sun) * ndimage.uniform_filter(shadows(view, world), 5) if w.sun > 0.3 else 0
-    rise = np.clip((view.horizon - np.arange(heat.shape[0], dtype=np.float32)) / heat.shape[0] * 2, 0, 1)[:, None]
-    cold = w.sky + (w.air - w.sky) * (0.55 * np.exp(-3 * rise)) + 2.2 * clouds(heat.shape, view)
+    if w.sun > 0.3:
+        heat -= np.float32(2.5 * w.sun) * ndimage.uniform_filter(view.shade, 5)
+    cold = w.sky + (w.air - w.sky) * (0.55 * np.exp(-6 * view.rise)) + 2.2 * clouds(heat.shape, view)
     np.copyto(heat, cold.astype(np.float32), where=view.sky)
-    heat = ndimage.gaussian_filter(heat, 0.9 * max(1.0, heat.shape[0] / 256), truncate=3)
+    heat = ndimage.gaussian_filter(heat, 0.9 * max(1.0, (heat.shape[0] - 2 * view.pad) / 256), truncate=3)
     heat = displaced(heat, shift, inner) if any(shift) else heat[inner]
     heat = heat + rng.standard_normal(heat.shape, np.float32) * np.float32(0.1) + fixed_pattern(seed, *heat.shape)
     return gain_control(heat)
