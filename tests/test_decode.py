@@ -94,6 +94,12 @@ def test_the_data_set_window_leaves_out_one_percent_at_either_end(tmp_path):
     assert abs(high - 64880) <= 2
 
 
+def test_the_data_set_window_looks_at_the_same_files_in_any_order(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", np.full((9, 9), 1000 * i, np.uint16)) for i in range(1, 6)]
+    assert decode.dataset_range(paths, files=3) == decode.dataset_range(paths[1:] + paths[:1], files=3)
+    assert decode.dataset_range(paths, files=3) == "range:1000:5000"
+
+
 def test_the_data_set_window_passes_over_broken_files_but_not_over_a_broken_set(tmp_path):
     good, bad = save(tmp_path / "a.png", np.full((9, 9), 7000, np.uint16)), tmp_path / "b.png"
     bad.write_bytes(b"nothing")
@@ -132,7 +138,8 @@ def test_alpha_palette_and_one_bit_are_read(tmp_path):
     solid = np.full((4, 5, 4), (10, 20, 30, 0), np.uint8)
     rgb, _ = decode.read_rgb(save(tmp_path / "alpha.png", solid))
     np.testing.assert_array_equal(np.rint(rgb[0, 0] * 255), [10, 20, 30])
-    Image.fromarray(solid[..., :3]).quantize(4).save(tmp_path / "p.png", transparency=b"\0\1")
+    solid[2:] = 90, 80, 70, 0
+    Image.fromarray(solid[..., :3]).quantize(4).save(tmp_path / "p.png", transparency=b"\1\2")
     np.testing.assert_array_equal(np.rint(decode.read_rgb(tmp_path / "p.png")[0][0, 0] * 255), [10, 20, 30])
     Image.fromarray(np.eye(8, dtype=bool)).save(tmp_path / "one.png")
     np.testing.assert_array_equal(decode.read_ir(tmp_path / "one.png", "unit:255")[0], np.eye(8, dtype=np.float32))

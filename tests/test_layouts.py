@@ -121,7 +121,7 @@ def test_kit_takes_groups_from_its_manifest_and_shifts_as_numbers(tmp_path):
 
 
 def kaist_tree(root: Path) -> Path:
-    for place in ("set00/V001/{}/I00019", "set05/V000/{}/I00001", "set06/V000/{}/I00019", "set11/V001/{}/I00039"):
+    for place in ("set00/V001/{}/I00019", "set03/V000/{}/I00001", "set08/V000/{}/I00019", "set11/V001/{}/I00039"):
         pair(root, f"images/{place.format('visible')}.jpg", f"images/{place.format('lwir')}.jpg")
     return root
 
@@ -129,8 +129,8 @@ def kaist_tree(root: Path) -> Path:
 def test_kaist_groups_are_videos_and_sets_tell_the_light(tmp_path):
     assert loaded(f"kaist:{kaist_tree(tmp_path)}") == {
         "set00/V001/I00019": ("set00/V001", "day"),
-        "set05/V000/I00001": ("set05/V000", "night"),
-        "set06/V000/I00019": ("set06/V000", "day"),
+        "set03/V000/I00001": ("set03/V000", "night"),
+        "set08/V000/I00019": ("set08/V000", "day"),
         "set11/V001/I00039": ("set11/V001", "night"),
     }
     assert len(layouts.load(f"kaist:{tmp_path}/images")) == 4
@@ -140,13 +140,13 @@ def test_kaist_lists_choose_and_order_frames(tmp_path):
     kaist_tree(tmp_path)
     lists = tmp_path / "imageSets"
     lists.mkdir()
-    (lists / "test.txt").write_text("set11/V001/I00039\nset06/V000/visible/I00019\n")
+    (lists / "test.txt").write_text("set11/V001/I00039\nset08/V000/visible/I00019\n")
     (lists / "train.txt.gz").write_bytes(gzip.compress(b"set00/V001/I00019\n"))
-    (lists / "more.txt").write_text("set06/V000/I00019\nset06/V009/I00001\n")
+    (lists / "more.txt").write_text("set08/V000/I00019\nset08/V009/I00001\n")
     (lists / "odd.txt").write_text("frame one\n")
-    assert list(loaded(f"kaist:{tmp_path}:test")) == ["set11/V001/I00039", "set06/V000/I00019"]
+    assert list(loaded(f"kaist:{tmp_path}:test")) == ["set11/V001/I00039", "set08/V000/I00019"]
     assert list(loaded(f"kaist:{tmp_path}:train")) == ["set00/V001/I00019"]
-    with pytest.raises(DataError, match=r"1 of 2 pairs lack a file: set06/V009/I00001"):
+    with pytest.raises(DataError, match=r"1 of 2 pairs lack a file: set08/V009/I00001"):
         layouts.load(f"kaist:{tmp_path}:more")
     with pytest.raises(DataError, match='cannot read the entry "frame one"'):
         layouts.load(f"kaist:{tmp_path}:odd")
@@ -156,8 +156,8 @@ def test_kaist_lists_choose_and_order_frames(tmp_path):
 
 def test_kaist_names_a_frame_without_partner(tmp_path):
     kaist_tree(tmp_path)
-    (tmp_path / "images/set06/V000/lwir/I00019.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 4 pairs lack a file: set06/V000/I00019 \(no infrared\)"):
+    (tmp_path / "images/set08/V000/lwir/I00019.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of 4 pairs lack a file: set08/V000/I00019 \(no infrared\)"):
         layouts.load(f"kaist:{tmp_path}")
 
 

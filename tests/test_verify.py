@@ -219,9 +219,11 @@ def test_an_empty_set_is_an_error_and_not_a_clean_report(tmp_path):
 def test_packed_pairs_are_compared_by_their_pixels(tmp_path, rng):
     (tmp_path / "images").mkdir()
     pixels = rng.integers(0, 256, (48, 64, 4)).astype(np.uint8)
-    for name in ("00001D", "00100D"):
+    for name in ("00001D", "00100D", "00200D"):
         Image.fromarray(pixels).save(tmp_path / f"images/{name}.png")
+        pixels = pixels if name == "00001D" else np.dstack([pixels[::-1, :, :3], pixels[..., 3]])
     report = verify.verify(f"mfnet:{tmp_path}", registration=False)
+    assert report["duplicates"]["one_file"] == [{"modality": "infrared", "ids": ["00001D", "00200D"]}]
     assert report["duplicates"]["exact"] == [["00001D", "00100D"]]
     assert report["same_image"] == []
 
