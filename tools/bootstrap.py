@@ -27,7 +27,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import venv
+from collections.abc import Iterator
 from configparser import ConfigParser, Error
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,34 +52,38 @@ def main(arguments: list) -> int:
         say("expected one of {}, got {}".format(", ".join(EXTRAS), " ".join(arguments) or "nothing"))
         return 2
     mode = arguments[0]
-    lock = take_lock()
-    if ready(mode):
-        return 0
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        return run_with_another_python(arguments)
-    try:
-        set_up(mode, lock)
-    except KeyboardInterrupt:
-        say("set-up interrupted; the next call starts it over")
-        return 130
-    except subprocess.CalledProcessError as error:
-        say(f"set-up failed: pip ended with status {error.returncode} (message above); the next call starts over")
-        return 1
-    except (OSError, ValueError) as error:
-        say(f"set-up failed: {error}; the next call starts over")
-        return 1
+    with only_one() as lock:
+        if ready(mode):
+            return 0
+        if not OLDEST <= sys.version_info[:2] <= NEWEST:
+            return run_with_another_python(arguments)
+        try:
+            set_up(mode, lock)
+        except KeyboardInterrupt:
+            say("set-up interrupted; the next call starts it over")
+            return 130
+        except subprocess.CalledProcessError as error:
+            say(f"set-up failed: pip ended with status {error.returncode} (message above); the next call starts over")
+            return 1
+        except (OSError, ValueError) as error:
+            say(f"set-up failed: {error}; the next call starts over")
+            return 1
     return 0
 
 
-def take_lock() -> int:
+@contextmanager
+def only_one() -> Iterator[int]:
     """Of two set-ups at once, the second waits for the first and then finds the work done."""
     lock = os.open(str(ROOT), os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say("another set-up is at work here; waiting for it")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up is at work here; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def wanted() -> dict:
