@@ -122,7 +122,8 @@ def divergence_at(d: float, pixels: Array, curve: Array) -> Array:
     """Divergence of a shift by `d` input px, from `curve` (..., S, n) at `pixels` (S,); (..., n).
 
     Linear in sqrt(D) over the distance, made monotone: a small shift costs 1 - cos(2 pi f d), which grows with d^2.
-    D(0) = 0.
+    D(0) = 0. With shifts of 1, 2, 4, 8 px this is within 1 % for one frequency of 0.02 cycles per input pixel, 8 % at
+    0.05 (the corner of a stride of 14).
 
     Example:
         >>> divergence_at(1.5, np.array([1.0, 2.0]), np.array([[1.0], [4.0]])).tolist()
