@@ -22,43 +22,11 @@ import torch
 
 from freqkd_analysis import conditions, measure, models, plan, provenance, schema, shards
 from freqkd_analysis.data import layouts
-from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import CheckFailed, DataError, FreqkdError, RunError, nearest
 from freqkd_analysis.features import find_taps
-from freqkd_analysis.plan import Plan, Settings
+from freqkd_analysis.plan import Machine, Plan, Settings
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What decides only the time a run takes."""
-
-    device: str = "auto"
-    batch_size: int = 0
-    """Pairs a forward; 0 for automatic."""
-    workers: int = 2
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "model": "vit_large_patch14_reg4_dinov2.lvd142m", "layers": "7,15,19,21,23", "size": (512, 640),
-        "geometry": "pad", "standardize": "released", "bands": "paper", "sample": "first",
-        "measure": ("mse", "nmse", "cosine"),
-    },
-}  # fmt: skip
-"""`paper`: the analysis of the FreqKD release (arXiv 2606.11572) with its network, blocks, padding and bands."""
-
-
-def with_preset(settings: Settings, given: set[str]) -> Settings:
-    """Fill a preset's values into every option that was not given by hand."""
-    if not settings.preset:
-        return settings
-    if settings.preset not in PRESETS:
-        raise FreqkdError(f'no preset "{settings.preset}"; expected {", ".join(PRESETS)}.'
-                          f"{nearest(settings.preset, PRESETS)}")  # fmt: skip
-    values = {name: value for name, value in PRESETS[settings.preset].items() if name not in given}
-    return replace(settings, **values)
 
 
 def device_of(name: str) -> str:
@@ -80,7 +48,6 @@ class Job:
     plan: Plan
     bench: measure.Bench
     missing: list[str]
-    registration: dict[str, Any]
 
     @property
     def work(self) -> int:
@@ -118,7 +85,7 @@ def prepare(settings: Settings, machine: Machine, say: Say) -> Job:
         twin.model.to(device)
     bench = measure.Bench(made, network, taps, geometry, layouts.resolve_conversion(records), twin, device,
                           machine.batch_size or (16 if device != "cpu" else 4), machine.workers)  # fmt: skip
-    return Job(settings, made, bench, missing, registration_of(made.records, geometry))
+    return Job(settings, made, bench, missing)
 
 
 def _patch(network: models.Network, stride: int) -> int:
@@ -126,19 +93,6 @@ def _patch(network: models.Network, stride: int) -> int:
     patch = getattr(getattr(network.model, "patch_embed", None), "patch_size", None)
     blocks = getattr(network.model, "blocks", None)
     return int(patch[0]) if isinstance(patch, tuple) and blocks is not None else stride
-
-
-def registration_of(records: Sequence[PairRecord], geometry: conditions.Geometry) -> dict[str, Any]:
-    """Median of the shifts that the data set's list brings (est_shift_*), in network px; confident ones only."""
-    found, scales = [], []
-    for record in records:
-        meta = record.meta
-        if "width" in meta and "height" in meta:
-            scales.append(geometry.scale(int(meta["height"]), int(meta["width"])))
-            if float(meta.get("est_shift_conf") or 0) >= 6 and meta.get("est_shift_px") not in (None, ""):
-                found.append(float(meta["est_shift_px"]) * scales[-1])
-    return {"scale": float(np.mean(scales)) if scales else None, "registration_n": len(found),
-            "registration_px": float(np.median(found)) if found else None}  # fmt: skip
 
 
 def claim_folder(run: Path, settings: Settings, resume: bool) -> None:
@@ -217,7 +171,7 @@ def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[
     data = {"spec": job.settings.data, "n": len(used), "groups": len({r.group for r in used}),
             "control_n": len(job.plan.control), "skipped": gathered["skipped"], "missing": job.missing,
             "day": sum(r.time == "day" for r in used), "night": sum(r.time == "night" for r in used),
-            "id_sha256": provenance.sha256_lines(r.id for r in used), **job.registration,
+            "id_sha256": provenance.sha256_lines(r.id for r in used), **gathered["registration"],
             "input": list(bench.geometry.size), "blocks": job.plan.describe(), "notes": list(job.plan.notes)}  # fmt: skip
     sections = {"config": config, "network": bench.network.describe(), "data": data,
                 "taps": [tap.describe() for tap in bench.taps], "conditions": gathered["conditions"],
@@ -244,7 +198,7 @@ def tables_and_report(run: Path, say: Say = lambda text: None) -> dict[str, Any]
 
 
 def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
-        progress: Callable[[Job], contextlib.AbstractContextManager[measure.Progress]],
+        progress: Callable[[int], contextlib.AbstractContextManager[measure.Progress]],
         command: Sequence[str]) -> dict[str, Any] | None:  # fmt: skip
     """The whole job. Returns the verdict, or None in a process that is not the first."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
@@ -254,7 +208,7 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
         if rank == 0:
             claim_folder(out, job.settings, resume)
         meet()
-        with progress(job) as step:
+        with progress(job.work) as step:
             measure_all(job, out, step, meet)
         if rank != 0:
             return None

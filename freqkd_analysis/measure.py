@@ -26,8 +26,8 @@ from freqkd_analysis.features import Capture, Tap, outliers
 from freqkd_analysis.models import Network
 from freqkd_analysis.plan import Block, Plan
 from freqkd_analysis.shards import Shard
-from freqkd_analysis.spectral import cross_modes
-from freqkd_analysis.spectrometer import References, Spectrometer, mean_removed, pixel_spectra, shuffled
+from freqkd_analysis.spectral import cross_modes, phase_correlation
+from freqkd_analysis.spectrometer import References, Spectrometer, mean_removed, pixel_products, pixel_spectra, shuffled
 
 Progress = Callable[[int, str], None]
 
@@ -62,13 +62,18 @@ class Bench:
         """Modes in each ring, a layer; `pixels` has its own."""
         found = {("", layer): meter.modes for layer, meter in self.meters.items()}
         if self.plan.wants("pixels") and self.pixels_possible():
-            flat = np.zeros(self.geometry.size)
+            size = self.geometry.size
+            none = np.zeros((4, size[0] * size[1]))
             for layer, bands in self.bands.items():
-                found["pixels", layer] = pixel_spectra(flat, flat, bands)[1]
+                found["pixels", layer] = pixel_spectra(none, size, bands)[1]
         return found
 
     def pixels_possible(self) -> bool:
         return all(bands.edges2 is not None for bands in self.bands.values())
+
+    def grey(self, view: Tensor) -> np.ndarray:
+        """(H, W) luminance of a view as the network's input holds it (padding black)."""
+        return self.geometry.padded(conditions.luminance(view))[0].numpy()
 
     def input(self, views: Sequence[Tensor], network: Network) -> Tensor:
         """Normalise views and put them on the device as one batch."""
@@ -238,8 +243,7 @@ def control_block(bench: Bench, block: Block, run: Path, progress: Progress) -> 
         _in_parts(bench, unique, extras.sink(pair_at=(0, 1), places=places))
         if "random" in asked and bench.twin is not None:
             bench.forward(pair, extras.twin_sink(), bench.twin)
-        if "pixels" in asked and bench.pixels_possible():
-            extras.pixels(*(conditions.luminance(view)[0].numpy() for view in pair))
+        extras.images(*(bench.grey(view) for view in pair))
         kept.append(item.record)
         progress(1, "controls")
     extras.finish(names, [(record.id, record.group) for record in kept])
@@ -272,6 +276,7 @@ class _Extras:
         self.compared: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
         self.single: dict[tuple[str, int], list[np.ndarray]] = {}
         self.tokens: dict[tuple[int, str], list[list[float]]] = {}
+        self.shifts: list[tuple[float, float, float]] = []
 
     def sink(self, pair_at: tuple[int, int], places: list[tuple[int, int]]) -> Callable[[Tap, Tensor], None]:
         def sink(tap: Tap, maps: Tensor) -> None:
@@ -297,13 +302,15 @@ class _Extras:
         meter.measure(x_NC, y_NC)
         self.single.setdefault((condition, tap.layer), []).append(meter.collect()["energies"])
 
-    def pixels(self, visible: np.ndarray, infrared: np.ndarray) -> None:
-        memo: dict[tuple[int, tuple[int, int]], np.ndarray] = {}
+    def images(self, visible: np.ndarray, infrared: np.ndarray) -> None:
+        """What the grey images say by themselves: registration shift, and spectra at each tap's frequencies."""
+        self.shifts.append(phase_correlation(visible, infrared))
+        if not (self.bench.plan.wants("pixels") and self.bench.pixels_possible()):
+            return
+        squares = pixel_products(visible, infrared)
         for tap in self.bench.taps:
-            key = (tap.stride, tap.grid)
-            if key not in memo:
-                memo[key] = pixel_spectra(visible, infrared, self.bench.bands[tap.layer])[0][None]
-            self.single.setdefault(("pixels", tap.layer), []).append(memo[key])
+            values = pixel_spectra(squares, visible.shape, self.bench.bands[tap.layer])[0]
+            self.single.setdefault(("pixels", tap.layer), []).append(values[None])
 
     def _coherence(self, tap: Tap, x_NC: Tensor, y_NC: Tensor) -> None:
         """Sums over pairs, per mode: complex cross spectrum and both energies, channels pooled."""
@@ -339,6 +346,7 @@ class _Extras:
             self.shard.pairs[condition] = pairs
         for (layer, modality), token_rows in self.tokens.items():
             self.shard.sums[f"tokens/{layer}/{modality}"] = np.array(token_rows)
+        self.shard.sums["shift"] = np.array(self.shifts)
         self.shard.notes["count"] = len(pairs)
 
 

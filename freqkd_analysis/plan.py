@@ -6,10 +6,8 @@ alone, never on batch size, workers, or how often the run was interrupted.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,9 +43,14 @@ class Settings:
     max_bad: int = 10
     preset: str = ""
 
-    def key(self) -> str:
-        """A short digest: two runs with the same key and data give the same numbers."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides only the time a run takes. batch_size: pairs a forward, 0 for automatic."""
+
+    device: str = "auto"
+    batch_size: int = 0
+    workers: int = 2
 
 
 @dataclass(frozen=True)

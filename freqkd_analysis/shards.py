@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from freqkd_analysis.features import Tap
 
 FOLDER = "shards"
+CONFIDENT = 6.0
+"""Peak height (robust standard deviations) from which a registration shift counts as measured."""
 
 
 @dataclass
@@ -90,6 +92,14 @@ def done(run: Path, block: str) -> bool:
         return False
 
 
+def unfinished(parent: Path) -> Path:
+    """The newest run folder below `parent` that still has shards. Raises RunError when there is none."""
+    found = sorted(path.parent.parent for path in parent.glob(f"*/{FOLDER}/settings.json"))
+    if not found:
+        raise RunError(f"nothing to resume below {parent}/; expected an interrupted run, or name it with --out.")
+    return found[-1]
+
+
 def rows(shard: Shard, taps: Sequence[Tap], f_lo: Mapping[int, np.ndarray], f_hi: Mapping[int, np.ndarray],
          modes: Mapping[tuple[str, int], np.ndarray]) -> Iterator[pd.DataFrame]:  # fmt: skip
     """The shard as spectra rows, one frame a condition and layer; rings without a mode have no row."""
@@ -145,6 +155,7 @@ def gather(run: Path, blocks: Sequence[str]) -> dict[str, Any]:
     skipped: dict[str, str] = {}
     members: dict[str, list[tuple[str, str]]] = {}
     tokens: dict[str, list[np.ndarray]] = {}
+    moved: list[np.ndarray] = []
     for block in blocks:
         shard = load(run, block)
         skipped |= {skip["id"]: skip["reason"] for skip in shard.skipped}
@@ -154,6 +165,12 @@ def gather(run: Path, blocks: Sequence[str]) -> dict[str, Any]:
         for name, values in shard.sums.items():
             if name.startswith("tokens/"):
                 tokens.setdefault(name, []).append(values)
+            elif name == "shift":
+                moved.append(values.reshape(-1, 3))
+    shifts = np.concatenate([np.zeros((0, 3)), *moved])
+    distance = np.hypot(shifts[:, 0], shifts[:, 1])[shifts[:, 2] >= CONFIDENT]
+    registration = {"registration_n": len(distance),
+                    "registration_px": float(np.median(distance)) if len(distance) else None}  # fmt: skip
     artefacts = []
     for name in sorted(tokens, key=lambda n: (int(n.split("/")[1]), n)):
         rate, median, spread = np.concatenate(tokens[name]).mean(0)
@@ -162,7 +179,7 @@ def gather(run: Path, blocks: Sequence[str]) -> dict[str, Any]:
     counts = {name: {"n": len(pairs), "groups": len({group for _, group in pairs})}
               for name, pairs in sorted(members.items())}  # fmt: skip
     return {"skipped": [{"id": i, "reason": skipped[i]} for i in sorted(skipped)], "conditions": counts,
-            "artefacts": artefacts}  # fmt: skip
+            "artefacts": artefacts, "registration": registration}  # fmt: skip
 
 
 def coherence(run: Path, blocks: Sequence[str], taps: Sequence[Tap], bands: Mapping[int, Bands]) -> pd.DataFrame:

@@ -198,19 +198,24 @@ def mean_removed(energies: np.ndarray, products: np.ndarray, constants: np.ndarr
     return np.stack([np.maximum(part, 0) if i in squares else part for i, part in enumerate(parts)], axis=-1)
 
 
-def pixel_spectra(visible_HW: np.ndarray, infrared_HW: np.ndarray, bands: Bands) -> tuple[np.ndarray, np.ndarray]:
-    """Spectra of two grey images at the physical frequencies of a tap's bands.
+def pixel_products(visible_HW: np.ndarray, infrared_HW: np.ndarray) -> np.ndarray:
+    """(4, H W) squares and product of the coefficients of two grey images: x^2, y^2, x y, (x - y)^2."""
+    height, width = visible_HW.shape
+    rows, columns = torch.from_numpy(real_basis(height)), torch.from_numpy(real_basis(width))
+    images = torch.from_numpy(np.stack([visible_HW, infrared_HW, visible_HW - infrared_HW])).double()
+    x, y, d = (rows @ images @ columns.T).flatten(1).numpy()
+    return np.stack([x * x, y * y, x * y, d * d])
+
+
+def pixel_spectra(products: np.ndarray, size: tuple[int, ...], bands: Bands) -> tuple[np.ndarray, np.ndarray]:
+    """`pixel_products` summed at the physical frequencies of a tap's bands.
 
     Returns: (A, 4) pa, pb, re, pd, and (A,) modes in each ring (0 where the image has none).
     """
     assert bands.stride is not None
-    height, width = visible_HW.shape
+    height, width = size
     index = fine_rings(bands, (height, width), bands.stride)
-    numbers = (real_numbers(height)[:, None], real_numbers(width)[None, :])
-    ring = index[numbers].ravel()
-    rows, columns = real_basis(height), real_basis(width)
-    x, y, d = (rows @ image.astype(np.float64) @ columns.T
-               for image in (visible_HW, infrared_HW, visible_HW - infrared_HW))  # fmt: skip
+    ring = index[real_numbers(height)[:, None], real_numbers(width)[None, :]].ravel()
     count, inside = len(bands.atoms()), ring >= 0
-    sums = [np.bincount(ring[inside], (part.ravel())[inside], count) for part in (x * x, y * y, x * y, d * d)]
+    sums = [np.bincount(ring[inside], part[inside], count) for part in products]
     return np.stack(sums, axis=-1), np.bincount(ring[inside], minlength=count)

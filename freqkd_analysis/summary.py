@@ -57,7 +57,7 @@ def summarize(
     manifest = _manifest(run)
     own = str(manifest["config"]["bands"])
     text, taps = bands or own, manifest["taps"]
-    target = out or (run if text == own else run / f"rebanded-{_slug(text)}")
+    target = out or target_folder(run, text)
     names = chosen({*_measures(measures, manifest), calibration.PRIMARY, "energy_rgb", "energy_ir", "modes"})
     table = band_table(schema.read(run / "spectra.parquet"), taps, text, names, own)
     values = cube(table)
@@ -80,6 +80,12 @@ def summarize(
     schema.write_text(target / "band_weights.json", _json(weights))
     schema.write_text(target / "verdict.json", _json(verdict))
     return verdict
+
+
+def target_folder(run: Path, bands: str | None) -> Path:
+    """Where `summarize` writes: the run itself for its own bands, RUN/rebanded-<bands> for others."""
+    own = str(_manifest(run)["config"]["bands"])
+    return run if bands in (None, "", own) else run / f"rebanded-{_slug(str(bands))}"
 
 
 def _manifest(run: Path) -> dict[str, Any]:

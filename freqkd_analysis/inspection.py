@@ -1,0 +1,42 @@
+"""What is at hand: a network's layers, and the state of this installation."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freqkd_analysis import models, provenance
+from freqkd_analysis.bands import Bands
+from freqkd_analysis.features import find_taps
+
+
+def network(name: str, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Each layer of a network with its grid, stride, channels and modes in the default bands (random weights)."""
+    made = models.create(name, "random", size)
+    rows = []
+    for tap in find_taps(made.model, size):
+        bands = Bands.parse("octave:3", tap.grid, tap.stride)
+        modes = dict(zip(bands.names, bands.modes.tolist(), strict=True))
+        rows.append({"layer": tap.layer, "tap": tap.tap, "grid": "x".join(map(str, tap.grid)), "stride": tap.stride,
+                     "channels": tap.channels, "prefix tokens": tap.prefix, **{f"{k} modes": n for k, n in modes.items()}})  # fmt: skip
+    return rows
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, devices, weights, data and disk."""
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    data = os.environ.get("FREQKD_TEST_DATA", "")
+    weights = [f"{row['name']} ({row['weights']})" for row in models.listing()]
+    return {
+        **provenance.environment("cuda" if devices else "cpu", torch.get_num_threads()),
+        "commit": provenance.commit(),
+        "devices": devices or ["cpu"],
+        "weights at hand": weights,
+        "default network": models.DEFAULT if models.available(models.DEFAULT) else f"{models.demo.NAME} (demo)",
+        "data at hand": ["synthetic", *([f"FREQKD_TEST_DATA={data}"] if data and Path(data).is_dir() else [])],
+        "free disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+    }
