@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,9 @@ def test_other_formats_and_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="no image of kind PNG, JPEG, TIFF, BMP") as error:
         decode.read_rgb(gif)
     one_line(error, gif)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(DataError, match="cannot be opened"):
+        decode.read_rgb(tmp_path / "folder.png")
     with pytest.raises(DataError, match="no image file") as error:
         decode.read_rgb(tmp_path / "none.png")
     one_line(error, tmp_path / "none.png")
@@ -270,3 +275,14 @@ def test_real_files_of_each_kind(benchmarks):
     alone, _ = decode.read_ir(benchmarks / "mfnet/thermal/00095D.jpg", "unit:255")
     assert (rgb.shape, grey) == ((480, 640, 3), False)
     assert np.abs(thermal - alone).mean() < 0.02  # the same frame, through JPEG once
+
+
+def test_decoding_in_threads_gives_the_same_pixels_and_leaves_the_warning_filters_alone(tmp_path, rng):
+    paths = [save(tmp_path / f"{i}.png", rng.integers(0, 256, (20, 20, 3)).astype(np.uint8)) for i in range(24)]
+    expected = [decode.read_rgb(path)[0] for path in paths]
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, one in zip(pool.map(decode.read_rgb, paths), expected, strict=True):
+                np.testing.assert_array_equal(got[0], one)
+    assert warnings.filters == before

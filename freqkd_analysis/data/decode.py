@@ -174,7 +174,8 @@ def read_pixels(path: Path) -> np.ndarray:
     """Pixels as stored: (H, W) or (H, W, C), uint8 or uint16; the first page of a TIFF.
 
     Raises: DataError naming the file when it is missing, of another format, too large, corrupt or truncated,
-        or holds other than 8- or 16-bit whole numbers.
+        or holds other than 8- or 16-bit whole numbers. A JPEG whose bytes were altered but not cut decodes to
+        garbage without an error; the format has no checksum.
     """
     with _opened(path) as image:
         if image.format == "TIFF" and image.mode in ("RGB", "RGBA", "RGBX", "LA") and _deep(image, path):
@@ -215,6 +216,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(_too_large(path, "far more pixels")) from None
     except UnidentifiedImageError:
         raise DataError(f"{path} is no image of kind {', '.join(FORMATS)}; replace it.") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror}); check the file and its permissions.") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} is corrupt or truncated ({reason}); replace it or leave it out.") from error
