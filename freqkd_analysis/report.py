@@ -11,7 +11,7 @@ import hashlib
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from freqkd_analysis import plots, schema
 from freqkd_analysis.divergence import DIVERGENCES
@@ -30,15 +30,12 @@ from freqkd_analysis.runfolder import (
     rows,
     text,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
+from freqkd_analysis.statistics import FEW_GROUPS
 
 __all__ = ["write_methods", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 SKIPPED_SHOWN = 200
-FEW_GROUPS = 10
 
 VERDICTS = {
     "supports": "The high band shares less between the modalities than the low band, beyond what unrelated scenes "
@@ -111,7 +108,6 @@ def inline_svg(figure: Drawn) -> str:
     import markupsafe
 
     svg = figure.svg[figure.svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.S)  # it would rule the whole page; report.css has it
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{figure.name}-", svg)
     for colour, page in ((plots.INK, "currentColor"), (plots.GRID, "var(--grid)"), (plots.PAPER, "var(--card)")):
@@ -266,9 +262,6 @@ def _layers_table(run: Run) -> dict[str, Any]:
     """One row a layer, condition and measure; every band's mean and what stands beside mse come along."""
     conditions = [c for c in PRIMARY_CONDITIONS if c in set(run.ratio["condition"])]
     measures = [m for m in dict.fromkeys(run.ratio["measure"]) if m in DIVERGENCES]
-    means = {
-        key: part.set_index("band") for key, part in run.summary.groupby(["condition", "measure", "layer"], sort=False)
-    }
     listed: list[dict[str, Any]] = []
     near: dict[tuple[str, str], dict[str, Any]] = {}
     for condition in conditions:
@@ -276,7 +269,7 @@ def _layers_table(run: Run) -> dict[str, Any]:
             for row in rows(run.ratio, condition=condition, measure=measure).to_dict("records"):
                 key = (condition, str(row["layer"]))
                 near[key] = near.get(key) or beside(run, *key)
-                cells = _row_cells(run, row) + _band_cells(run, means.get((condition, measure, row["layer"])))
+                cells = _row_cells(run, row) + _band_cells(run, (condition, measure, str(row["layer"])))
                 listed.append({
                     "condition": condition, "measure": measure, "cells": cells + _beside_cells(near[key]),
                     "all": row["layer"] == "all", "verdict": text(row["verdict"]),
@@ -312,13 +305,13 @@ def _row_cells(run: Run, row: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _band_cells(run: Run, means: pd.DataFrame | None) -> list[dict[str, Any]]:
+def _band_cells(run: Run, key: tuple[str, str, str]) -> list[dict[str, Any]]:
     cells = []
     for band in run.bands:
-        if means is None or band not in means.index:
+        row = run.means.get((*key, band))
+        if row is None:
             cells.append(_cell("–", group="bands"))
         else:
-            row = means.loc[band]
             cells.append(_cell(number(row["mean"]), row["mean"], interval(row["ci_low"], row["ci_high"]), "bands"))
     return cells
 

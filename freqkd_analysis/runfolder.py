@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Run:
             value = value.get(key) if isinstance(value, dict) else None
         return default if value is None else value
 
-    @property
+    @cached_property
     def measure(self) -> str:
         """The primary measure of this run: verdict.json's, else `cosine`, else the first one that was computed."""
         known = list(dict.fromkeys(self.ratio["measure"])) or list(dict.fromkeys(self.summary["measure"]))
@@ -59,7 +60,7 @@ class Run:
                 return str(name)
         return str(known[0]) if known else PRIMARY_MEASURE
 
-    @property
+    @cached_property
     def condition(self) -> str:
         """The condition that the verdict is read from: verdict.json's, else `mean_removed`, else `paired`."""
         known = set(self.ratio["condition"])
@@ -68,17 +69,30 @@ class Run:
                 return str(name)
         return PRIMARY_CONDITIONS[-1]
 
-    @property
+    @cached_property
     def bands(self) -> list[str]:
         """Band names from low to high."""
         names = self.weights.get("bands", {}).get("names")
         return [str(n) for n in names] if names else list(dict.fromkeys(self.summary["band"].astype(str)))
 
-    @property
+    @cached_property
     def ends(self) -> tuple[str, str]:
         """Names of the band called low and the band called high: these names where they occur, else first and last."""
         names = self.bands
         return "low" if "low" in names else names[0], "high" if "high" in names else names[-1]
+
+    @cached_property
+    def means(self) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+        """Rows of summary.csv by condition, measure, layer, band."""
+        keys = ("condition", "measure", "layer", "band")
+        return {tuple(str(row[k]) for k in keys): row for row in self.summary.to_dict("records")}  # type: ignore[misc]
+
+    @cached_property
+    def ratios(self) -> dict[tuple[str, str, str], float]:
+        """Raw high / low by condition, measure, layer."""
+        table = self.ratio
+        keys = zip(table["condition"], table["measure"], table["layer"].astype(str), strict=True)
+        return dict(zip(keys, table["ratio"].astype(float), strict=True))
 
     def shift_ends(self, condition: str, layer: str, band: str) -> tuple[str, str]:
         """Ends of the interval of an equivalent shift (`low` or `high`), as text; verdict.json has them, or empty."""
@@ -89,6 +103,7 @@ class Run:
                     return str(low), str(high)
         return "", ""
 
+    @cached_property
     def registration_condition(self) -> str:
         """The `shifted:d` condition nearest to the measured registration shift; empty without either."""
         measured = self.get("data", "registration_px")
@@ -163,25 +178,13 @@ def beside(run: Run, condition: str, layer: str) -> dict[str, Any]:
         shift nearest to the measured registration) and its name `shift` (empty when not measured), `energy_low`,
         `energy_high` (RGB), `modes_low`, `modes_high`. None where the run does not hold it.
     """
-    found: dict[str, Any] = dict.fromkeys(("mse", "mse_per_mode", "cosine", "shifted"))
-    for measure in ("mse", "mse_per_mode", "cosine"):
-        found[measure] = _cell(run.ratio, "ratio", condition=condition, layer=layer, measure=measure)
-    found["shift"] = run.registration_condition()
-    if found["shift"]:
-        found["shifted"] = _cell(run.ratio, "ratio", condition=found["shift"], layer=layer, measure="cosine")
+    found: dict[str, Any] = {m: run.ratios.get((condition, m, layer)) for m in ("mse", "mse_per_mode", "cosine")}
+    found["shift"] = run.registration_condition
+    found["shifted"] = run.ratios.get((found["shift"], "cosine", layer))
     for word, measure in (("energy", "energy_rgb"), ("modes", "modes")):
         for end, band in zip(("low", "high"), run.ends, strict=True):
-            value = _cell(run.summary, "mean", condition=condition, layer=layer, measure=measure, band=band)
-            found[f"{word}_{end}"] = value
+            found[f"{word}_{end}"] = run.means.get((condition, measure, layer, band), {}).get("mean")
     return found
-
-
-def _cell(table: pd.DataFrame, column: str, **values: str) -> float | None:
-    mask = True
-    for name, value in values.items():
-        mask = mask & (table[name] == value)
-    part = table.loc[mask, column].dropna()
-    return float(part.iloc[0]) if len(part) else None
 
 
 def layer_order(layer: Any) -> float:
