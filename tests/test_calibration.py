@@ -167,8 +167,10 @@ def test_equivalent_shift_at_the_ends():
     assert found[:, 0].tolist() == [0.0, 2 * calibration.BEYOND] and np.isnan(found[:, 1]).all()
     # A curve that falls is made monotone: the first shift that costs as much counts.
     falling = np.array([[0.4], [0.3], [0.5]])
-    found = calibration.equivalent_shift(np.array([0.4]), np.array([1.0, 2.0, 4.0]), falling)
-    assert found[0] == 1.0
+    pixels = np.array([1.0, 2.0, 4.0])
+    assert calibration.equivalent_shift(np.array([0.4]), pixels, falling)[0] == 1.0
+    share = (0.45**0.5 - 0.4**0.5) / (0.5**0.5 - 0.4**0.5)  # 0.3 at 2 px counts as the 0.4 of 1 px
+    assert calibration.equivalent_shift(np.array([0.45]), pixels, falling)[0] == pytest.approx(2 + 2 * share)
 
 
 def test_the_gap_told_in_pixels(known):

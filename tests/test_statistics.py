@@ -26,16 +26,25 @@ def clustered(rng: np.random.Generator, groups: int, share: float = 0.6) -> tupl
 
 
 def test_bca_equals_scipys_where_scipy_can_do_it(rng):
-    """Equal groups, one column of means: scipy.stats.bootstrap on group means is the same problem."""
-    x = rng.gamma(2.0, size=200)
+    """Equal groups, one column of means, no widening: scipy.stats.bootstrap on group means is the same problem."""
+    x = rng.lognormal(0, 1, size=25)  # skewed and few, so that bias and acceleration matter
     sums = np.stack([x, np.ones_like(x)], axis=1)
-    got = statistics.interval(sums, statistics.mean, statistics.bootstrap_weights(200, 20_000, 1))
-    reference = scipy.stats.bootstrap((x,), np.mean, n_resamples=20_000, rng=2).confidence_interval
+    weights = statistics.bootstrap_weights(25, 50_000, 1)
+    got = statistics.interval(sums, statistics.mean, weights, effective=1e9)
+    reference = scipy.stats.bootstrap((x,), np.mean, n_resamples=50_000, rng=2).confidence_interval
     width = reference.high - reference.low
     assert got.method.tolist() == ["bca"]
-    # 200 groups: the expanded tails are wider by under 2 %.
-    assert got.low[0] == pytest.approx(reference.low, abs=0.05 * width)
-    assert got.high[0] == pytest.approx(reference.high, abs=0.05 * width)
+    assert got.low[0] == pytest.approx(reference.low, abs=0.02 * width)
+    assert got.high[0] == pytest.approx(reference.high, abs=0.02 * width)
+
+
+def test_few_groups_widen_the_interval_by_students_t(rng):
+    """Symmetric values, 8 groups: the half width is t(7) sqrt(8 / 7) over z times the plain one."""
+    x = np.array([-3.0, -2, -1, -0.5, 0.5, 1, 2, 3])
+    sums, weights = np.stack([x, np.ones(8)], axis=1), statistics.bootstrap_weights(8, 200_000, 1)
+    plain, wide = (statistics.interval(sums, statistics.mean, weights, effective=e) for e in (1e9, 8.0))
+    expected = scipy.stats.t.ppf(0.975, 7) * (8 / 7) ** 0.5 / 1.96
+    assert (wide.high[0] - wide.low[0]) / (plain.high[0] - plain.low[0]) == pytest.approx(expected, rel=0.04)
 
 
 def test_draws_equal_resampling_rows_one_by_one(rng):
