@@ -353,7 +353,7 @@ class _Extras:
 def _check_finite(shard: Shard, taps: Sequence[Tap]) -> None:
     names = {tap.layer: tap.tap for tap in taps}
     for (condition, layer), values in shard.energies.items():
-        bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+        bad = ~np.isfinite(values).all((1, 2))
         if bad.any():
             pair = shard.pairs[condition][int(np.argmax(bad))][0]
             raise NonFiniteError(f"features of layer {layer} ({names[layer]}) are not finite for pair {pair} "
