@@ -16,16 +16,13 @@ from typing import TYPE_CHECKING
 from freqkd_analysis import plots, schema
 from freqkd_analysis.divergence import MEASURES, ROUNDING
 from freqkd_analysis.errors import RunError
-from freqkd_analysis.runfolder import CEILINGS, Run, number, read_run, rows
+from freqkd_analysis.runfolder import CEILINGS, Run, condition_order, number, read_run, rows
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
 WIDTH_CM = 8.5
-ORDER = ["paired", "mean_removed", "shuffled", "mean_removed_shuffled", "shifted:1", "shifted:2", "shifted:4",
-         "shifted:8", "grey", "inverted", "blur", "noise", "random", "pixels"]  # fmt: skip
-"""Conditions in the order in which the controls figure and table list them; unknown ones follow."""
 
 
 class Absent(Exception):
@@ -269,8 +266,7 @@ def _controls(run: Run) -> Drawing:
     if table["condition"].nunique() < 2:
         raise Absent("the run holds one condition only, there is nothing to compare")
     table = table.assign(band=table["band"].map(ends))
-    place = {name: i for i, name in enumerate(ORDER)}
-    table = table.sort_values("condition", key=lambda c: c.map(lambda n: place.get(n, len(place))), kind="stable")
+    table = table.sort_values("condition", key=lambda c: c.map(condition_order), kind="stable")
     table = pd.DataFrame(table[["condition", "layer", "band", "mean", "ci_low", "ci_high", "n", "groups"]])
     where = "mean over layers" if layer == "all" else f"layer {layer}"
     return Drawing(
@@ -321,6 +317,8 @@ def _convergence(run: Run) -> Drawing:
     table = table[(table["layer"] == layer) & table["band"].isin(list(ends)) & (table["width"] > 0)]
     if table.empty:
         raise Absent(f"convergence.csv has no rows of condition {run.condition}, measure {run.measure}")
+    if table["n"].nunique() < 2:
+        raise Absent(f"there is one sample size only (n = {int(table['n'].iloc[0])}), nothing to compare it with")
     table = table.assign(band=table["band"].map(ends)).reset_index(drop=True)
     where = "all layers" if layer == "all" else f"layer {layer}"
     return Drawing(

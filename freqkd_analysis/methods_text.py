@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from freqkd_analysis import schema
-from freqkd_analysis.runfolder import CEILINGS, MISSING, Run, number, read_run
+from freqkd_analysis.runfolder import CEILINGS, MISSING, Run, condition_order, number, read_run
 
 MEASURE_WORDS = {
     "cosine": "1 - R / sqrt(Pa Pb) (0 same, 1 unrelated, 2 opposite)",
@@ -27,6 +27,7 @@ CONDITION_WORDS = {
     "shuffled": "RGB image and the IR image of another group (the ceiling)",
     "mean_removed": "paired, each modality's mean map over the sample taken out",
     "mean_removed_shuffled": "shuffled, mean maps taken out (the ceiling of mean_removed)",
+    "without_artefacts": "paired, tokens of outlying norm replaced by the mean of the others",
     "shifted": "RGB image against itself moved by that many input pixels, along x and along y",
     "grey": "RGB image against its luminance",
     "inverted": "RGB image against the negative of its luminance",
@@ -134,7 +135,7 @@ def _spectra(run: Run) -> str:
 def _controls(run: Run) -> str:
     names = list(run.get("conditions", default={})) or list(dict.fromkeys(run.summary["condition"]))
     stems: dict[str, list[str]] = {}
-    for name in names:
+    for name in sorted(names, key=condition_order):
         stem, _, amount = name.partition(":")
         stems.setdefault(stem, []).append(amount)
     parts = []

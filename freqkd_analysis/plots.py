@@ -200,6 +200,7 @@ def radial_profile(
         step = max(1, -(-len(layers) // 8))
         bar.set_ticks(list(range(0, len(layers), step)), labels=[str(v) for v in layers[::step]])
         bar.ax.tick_params(length=0)
+        bar.minorticks_off()
         bar.set_label("layer (0 = first block)")
         bar.outline.set_visible(False)
     return ax

@@ -15,7 +15,7 @@ from typing import Any
 
 from freqkd_analysis import plots, schema
 from freqkd_analysis.divergence import DIVERGENCES
-from freqkd_analysis.figures import ORDER, Drawn, draw_figures
+from freqkd_analysis.figures import Drawn, draw_figures
 from freqkd_analysis.methods_text import condition_words, methods_paragraphs, write_methods
 from freqkd_analysis.runfolder import (
     CEILINGS,
@@ -23,6 +23,7 @@ from freqkd_analysis.runfolder import (
     PRIMARY_CONDITIONS,
     Run,
     beside,
+    condition_order,
     interval,
     measured,
     number,
@@ -166,6 +167,7 @@ def _warnings(run: Run) -> list[str]:
         found.append("Registration of the pairs was not measured; a shift of a few pixels raises the high band too.")
     if data("night") == 0 or data("day") == 0:
         found.append(f"Only {'day' if data('night') == 0 else 'night'} pairs: nothing is said about the other.")
+    found += [_sentence(str(note)) for note in data("notes") or []]
     skipped = data("skipped") or []
     if skipped:
         found.append(f"Skipped pairs: {len(skipped)}, listed below.")
@@ -324,9 +326,8 @@ def _beside_cells(near: dict[str, Any]) -> list[dict[str, Any]]:
 def _conditions_table(run: Run) -> list[dict[str, str]]:
     """Every condition in the primary measure over all layers, with what it compares."""
     table = rows(run.ratio, measure=run.measure, layer="all")
-    place = {name: i for i, name in enumerate(ORDER)}
     found = []
-    for row in sorted(table.to_dict("records"), key=lambda r: place.get(r["condition"], len(place))):
+    for row in sorted(table.to_dict("records"), key=lambda r: condition_order(r["condition"])):
         sizes = rows(run.summary, condition=row["condition"], measure=run.measure, layer="all")
         found.append({
             "condition": row["condition"], "words": condition_words(row["condition"]),

@@ -26,6 +26,10 @@ PRIMARY_CONDITIONS = ("mean_removed", "paired")
 CEILINGS = {"mean_removed": "mean_removed_shuffled", "mean_removed_shuffled": "mean_removed_shuffled"}
 """The condition that says "unrelated scenes" for another one; `shuffled` for all that are not listed."""
 
+CONDITION_ORDER = ("paired", "mean_removed", "shuffled", "mean_removed_shuffled", "without_artefacts", "shifted",
+                   "grey", "inverted", "blur", "noise", "random", "pixels")  # fmt: skip
+"""The order in which figures, tables and text list the conditions (stems, without an amount)."""
+
 CONVERGENCE_COLUMNS = ["condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high"]
 MISSING = "not recorded"
 
@@ -99,8 +103,9 @@ class Run:
         if condition == self.verdict.get("condition"):
             for entry in [*self.verdict.get("layers", []), {"layer": "all"} | (self.verdict.get("all") or {})]:
                 if str(entry.get("layer")) == str(layer):
-                    low, high = entry.get(f"shift_{band}_px_ci") or ("", "")
-                    return str(low), str(high)
+                    low, high = (str(end) for end in entry.get(f"shift_{band}_px_ci") or ("", ""))
+                    # An interval that lies beyond the largest shift as a whole says nothing more than the value.
+                    return ("", "") if low == high and low.startswith(">") else (low, high)
         return "", ""
 
     @cached_property
@@ -185,6 +190,21 @@ def beside(run: Run, condition: str, layer: str) -> dict[str, Any]:
         for end, band in zip(("low", "high"), run.ends, strict=True):
             found[f"{word}_{end}"] = run.means.get((condition, measure, layer, band), {}).get("mean")
     return found
+
+
+def condition_order(name: str) -> tuple[int, float, str]:
+    """Sort key of a condition: the question and its ceiling, then the controls; amounts ascend; unknown ones last.
+
+    Example:
+        >>> sorted(["noise", "shifted:16", "shifted:4", "mine", "paired"], key=condition_order)
+        ['paired', 'shifted:4', 'shifted:16', 'noise', 'mine']
+    """
+    stem, _, amount = name.partition(":")
+    place = CONDITION_ORDER.index(stem) if stem in CONDITION_ORDER else len(CONDITION_ORDER)
+    try:
+        return place, float(amount or 0), name
+    except ValueError:
+        return place, math.inf, name
 
 
 def layer_order(layer: Any) -> float:

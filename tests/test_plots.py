@@ -128,6 +128,13 @@ def test_a_run_without_spectra_or_with_other_columns_says_so(tmp_path: Path) -> 
         write_figures(folder)
 
 
+def test_one_sample_size_is_no_convergence(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path, layers=1)
+    table = pd.read_csv(folder / "convergence.csv").query("n == 50")
+    table.to_csv(folder / "convergence.csv", index=False)
+    assert "one sample size only (n = 50)" in draw_figures(read_run(folder), png=False)[1]["convergence"]
+
+
 def test_other_bands_of_a_run_find_the_spectra_of_that_run(tmp_path: Path) -> None:
     whole = fake_run(tmp_path / "run", layers=2)
     other = fake_run(whole / "rebanded-linear-2", layers=2, bands=2, derived_from="run")
