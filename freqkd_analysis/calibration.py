@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from freqkd_analysis import statistics
-from freqkd_analysis.divergence import DIVERGENCES, Cube, shift_pixels
+from freqkd_analysis.divergence import DIVERGENCES, Cube
 from freqkd_analysis.errors import FreqkdError, RunError
 from freqkd_analysis.statistics import Array, Interval
 
@@ -84,13 +84,21 @@ def ceiling_of(condition: str, conditions: Sequence[str]) -> str | None:
     return "shuffled"
 
 
-def shifts(conditions: Sequence[str]) -> list[tuple[float, str]]:
-    """The shifts that were measured: (input px, condition), smallest first."""
-    found = [(float(d), name) for name in conditions if (d := shift_pixels(name)) is not None]
+def shifts(conditions: Sequence[str], prefix: str = "") -> list[tuple[float, str]]:
+    """The shifts that were measured: (input px, condition), smallest first.
+
+    Example:
+        >>> shifts(["paired", "shifted:4", "shifted:1", "mean_removed_shifted:1"])
+        [(1.0, 'shifted:1'), (4.0, 'shifted:4')]
+    """
+    stem = f"{prefix}shifted:"
+    found = [(float(name.removeprefix(stem)), name) for name in conditions if name.startswith(stem)]
     return sorted(pair for pair in found if pair[0] > 0)
 
 
-def floor_pixels(floor: str, conditions: Sequence[str], registration_px: float | None) -> float | None:
+def floor_pixels(
+    floor: str, conditions: Sequence[str], registration_px: float | None, prefix: str = ""
+) -> float | None:
     """Check a floor: None for `none` and `noise`, the shift in input px for `shifted` or `shifted:d`.
 
     `shifted` alone takes the registration shift that was measured. Raises FreqkdError for anything else, RunError
@@ -99,7 +107,7 @@ def floor_pixels(floor: str, conditions: Sequence[str], registration_px: float |
     if floor == "none":
         return None
     if floor == "noise":
-        if "noise" not in conditions:
+        if f"{prefix}noise" not in conditions:
             raise RunError("floor noise: the run holds no rows of `noise`; run `layers` with --conditions noise.")
         return None
     stem, _, amount = floor.partition(":")
@@ -109,7 +117,7 @@ def floor_pixels(floor: str, conditions: Sequence[str], registration_px: float |
         d = float("nan")
     if stem != "shifted" or (d is not None and not d >= 0):
         raise FreqkdError(f'expected the floor none, noise, shifted or shifted:PIXELS; got "{floor}".')
-    known = shifts(conditions)
+    known = shifts(conditions, prefix)
     if d is None:
         raise RunError("floor shifted: no registration shift was measured for this run; give one as shifted:PIXELS.")
     if not known or d > known[-1][0]:
@@ -227,13 +235,20 @@ class _Scale:
 
     def __init__(self, cube: Cube, condition: str, measure: str, floor: str, registration_px: float | None) -> None:
         known = list(cube.values)
-        self.condition, self.floor = condition, floor
+        self.condition = condition
+        # What lost its mean map is told against controls that lost it too (divergence.map_free).
+        prefix = "mean_removed_" if condition.startswith("mean_removed") else ""
+        self.noise, self.curve = f"{prefix}noise", shifts(known, prefix)
         self.ceiling = ceiling_of(condition, known) if measure in DIVERGENCES else None
-        self.curve = shifts(known)
-        self.at = floor_pixels(floor, known, registration_px)
         comparable = measure in DIVERGENCES and (self.ceiling is not None or condition in QUESTIONS)
-        self.shifted = bool(self.curve) and comparable and shift_pixels(condition) is None
-        names = [condition, *([self.ceiling] if self.ceiling else []), *(["noise"] if floor == "noise" else [])]
+        # Those controls have no gain of their own, hence no amplitude to compare.
+        plain = not (prefix and measure == "log_spectral")
+        self.shifted = bool(self.curve) and comparable and plain and not condition.startswith("shifted:")
+        calibrated = self.ceiling is not None and plain
+        self.at = floor_pixels(floor, known, registration_px, prefix) if calibrated else None
+        self.floor = floor if calibrated else "none"
+        names = [condition, *([self.ceiling] if self.ceiling else [])]
+        names += [self.noise] if self.floor == "noise" else []
         names += [name for _, name in self.curve] if self.shifted or self.at is not None else []
         self.needed = list(dict.fromkeys(names))
         self.pixels = np.array([d for d, _ in self.curve])
@@ -246,7 +261,7 @@ class _Scale:
 
     def _floor(self, means: dict[str, Array]) -> Array:
         if self.floor == "noise":
-            return means["noise"]
+            return means[self.noise]
         if self.at is None:
             return np.zeros_like(means[self.condition])
         shape = means[self.condition].shape

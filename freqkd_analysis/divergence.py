@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +217,26 @@ def band_table(
     return pd.concat(parts, ignore_index=True)
 
 
+def map_free(spectra: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `shifted:d` and `noise` as they would be with the visible mean map taken out of both images.
+
+    Both sides of these controls are the same visible image, so the map drops out of their difference: Pd stays, and Pa
+    is that of the pair's `mean_removed` row. Pb is set equal to it, which holds on average; gains have no meaning here.
+    Conditions are named `mean_removed_shifted:d` and `mean_removed_noise`; no rows where `mean_removed` has none.
+    This is what `mean_removed` may be told against: with the map in it, a shift costs next to nothing.
+    """
+    keys = ["pair", "layer", "radius"]
+    kind = spectra["condition"]
+    controls = spectra[kind.str.startswith("shifted:") | (kind == "noise")]
+    own = spectra.loc[kind == "mean_removed", [*keys, "p_rgb"]]
+    found = controls.drop(columns=["p_rgb"]).merge(own, on=keys, how="inner")
+    energy = found["p_rgb"]
+    found = found.assign(
+        condition="mean_removed_" + found["condition"], p_ir=energy, cross=energy - found["p_diff"] / 2
+    )
+    return found[list(spectra.columns)]
+
+
 class _Layer:
     """One tap's grid, bands and atoms; what turns its rows into band values."""
 
@@ -354,14 +373,3 @@ def cube(table: pd.DataFrame) -> Cube:
 def _band_key(name: str) -> tuple[int, int]:
     known = {"low": 0, "mid": 2, "high": 3, "all": 4}
     return (1, int(name[1:])) if name[:1] == "b" and name[1:].isdigit() else (known.get(name, 5), 0)
-
-
-def shift_pixels(condition: str) -> Fraction | None:
-    """d of a condition `shifted:d` in input pixels, None for others.
-
-    Example:
-        >>> shift_pixels("shifted:4"), shift_pixels("paired")
-        (Fraction(4, 1), None)
-    """
-    stem, _, amount = condition.partition(":")
-    return Fraction(amount) if stem == "shifted" and amount else None

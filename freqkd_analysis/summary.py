@@ -16,7 +16,7 @@ import numpy as np
 from freqkd_analysis import calibration, schema, statistics
 from freqkd_analysis.band_weights import band_weights
 from freqkd_analysis.calibration import Answer, with_all
-from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube
+from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, map_free
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.statistics import Array, Interval
 
@@ -54,22 +54,26 @@ def summarize(
         out: where to write; the run, or RUN/rebanded-<bands> for other bands, so that nothing is overwritten.
     Raises: RunError, BandsError, FreqkdError, each in one line.
     """
+    import pandas as pd
+
     manifest = _manifest(run)
     own = str(manifest["config"]["bands"])
     text, taps = bands or own, manifest["taps"]
     target = out or target_folder(run, text)
     names = chosen({*_measures(measures, manifest), calibration.PRIMARY, "energy_rgb", "energy_ir", "modes"})
-    table = band_table(schema.read(run / "spectra.parquet"), taps, text, names, own)
-    values = cube(table)
+    spectra = schema.read(run / "spectra.parquet")
+    table = band_table(spectra, taps, text, names, own)
+    values, beside = cube(table), map_free(spectra)
+    full = cube(pd.concat([table, band_table(beside, taps, text, names, own)])) if len(beside) else values
     registration = manifest.get("data", {}).get("registration_px")
     calibration.floor_pixels(floor, list(values.values), registration)  # fails before anything is written
     answers = {
-        (c, m): calibration.answer(values, c, m, floor, registration, draws, seed)
+        (c, m): calibration.answer(full, c, m, floor, registration, draws, seed)
         for c in values.values
         for m in values.measures
     }
-    verdict = _verdict(values, answers, manifest, floor, draws, seed)
-    weights = band_weights(run, values, manifest, text, floor, draws, seed)
+    verdict = _verdict(full, answers, manifest, floor, draws, seed)
+    weights = band_weights(run, full, manifest, text, floor, draws, seed)
     if target != run:
         derived = manifest | {"config": manifest["config"] | {"bands": text}, "derived_from": run.name}
         schema.write_text(target / "manifest.json", _json(derived))
@@ -252,9 +256,7 @@ def _verdict(
     of, last = got.intervals, len(values.layers)
     tap = {int(t["layer"]): str(t.get("tap", "")) for t in manifest["taps"]}
     registration = manifest.get("data", {}).get("registration_px")
-    raw = {
-        m: answers["paired", m].intervals["ratio"] for m in values.measures if m in DIVERGENCES and "paired" in known
-    }
+    raw = {m: answers["paired", m].intervals for m in values.measures if m in DIVERGENCES and "paired" in known}
     return {
         "schema": schema.VERSION,
         "measure": measure,
@@ -271,8 +273,9 @@ def _verdict(
             "calibrated_geometric_ci": _ends(of["c_geometric"], 0),
         },
         "beside": {
-            "paired": {m: {"ratio": _number(r.estimate[last]), "ci": _ends(r, last)} for m, r in raw.items()},
-            "shifted_at_registration": _at_registration(values, measure, registration),
+            "paired": {m: {"ratio": _number(r["ratio"].estimate[last]), "ci": _ends(r["ratio"], last),
+                           "geometric": _number(r["geometric"].estimate[0])} for m, r in raw.items()},
+            "shifted_at_registration": _at_registration(values, measure, registration, condition),
         },
         "statistics": {"interval": "cluster bootstrap, BCa; percentile where a row's method says so",
                        "level": statistics.LEVEL, "draws": draws, "seed": seed,
@@ -282,9 +285,12 @@ def _verdict(
     }  # fmt: skip
 
 
-def _at_registration(values: Cube, measure: str, registration: float | None) -> dict[str, Any]:
-    """High over low (mean over layers) that moving the visible image by the measured registration shift gives."""
-    curve = calibration.shifts(list(values.values))
+def _at_registration(values: Cube, measure: str, registration: float | None, condition: str) -> dict[str, Any]:
+    """High over low (mean over layers) that moving the visible image by the measured registration shift gives.
+
+    Told as the primary condition is: without the mean map where that was taken out.
+    """
+    curve = calibration.shifts(list(values.values), "mean_removed_" if condition == "mean_removed" else "")
     if registration is None or not curve or not 0 < registration <= curve[-1][0]:
         return {"px": _number(np.nan if registration is None else registration), "ratio": None}
     ends = [values.low, values.high]

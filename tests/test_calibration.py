@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import spectra_run
 from spectra_run import KNOWN
@@ -183,6 +184,27 @@ def test_the_gap_told_in_pixels(known):
     assert got.low[0] < expected < got.high[0]
     low = calibration.answer(cube({**KNOWN, "paired": (-0.5, 0.4)}), "paired", "cosine")
     assert calibration.shift_text(float(low.intervals["shift_low"].estimate[0]), low.largest_shift) == "> 8"
+
+
+def test_what_lost_its_map_is_told_against_controls_that_lost_it(known):
+    """Without such controls there is no equivalent shift and no floor; with them they are used, not the raw ones."""
+    bare = calibration.answer(known, "mean_removed", "cosine")
+    assert np.isnan(bare.intervals["shift_high"].estimate).all()
+    with pytest.raises(RunError, match="no rows of `noise`"):
+        calibration.answer(known, "mean_removed", "cosine", floor="noise")
+    table = spectra_run.spectra(KNOWN, pairs=80, spread=0.01)
+    both = pd.concat([table, divergence.map_free(table)], ignore_index=True)
+    full = divergence.cube(divergence.band_table(both, spectra_run.taps(), "octave:3"))
+    got = calibration.answer(full, "mean_removed", "cosine", floor="noise").intervals
+    d, ceiling, noise = (
+        full.of(c, "cosine").mean(0)[:, [0, 2]] for c in ("mean_removed", "mean_removed_shuffled", "mean_removed_noise")
+    )
+    np.testing.assert_allclose(got["c_high"].estimate[:3], ((d - noise) / (ceiling - noise))[:, 1], rtol=1e-12)
+    curve = [0.0] + [full.of(f"mean_removed_shifted:{k}", "cosine").mean(0)[0, 2] for k in (1, 2, 4, 8)]
+    expected = np.interp(np.sqrt(d[0, 1]), np.sqrt(curve), [0, 1, 2, 4, 8])
+    assert got["shift_high"].estimate[0] == pytest.approx(expected, rel=1e-9)
+    amplitude = calibration.answer(full, "mean_removed", "log_spectral", floor="noise").intervals
+    assert np.isnan(amplitude["shift_high"].estimate).all()  # no gain in those controls to compare with
 
 
 def test_controls_are_not_calibrated_against_other_features(known):

@@ -244,6 +244,31 @@ def test_tables_that_do_not_fit_are_refused(change, says):
         divergence.band_table(table, spectra_run.taps(1), "octave:3")
 
 
+def test_controls_without_the_map_from_stored_rows(rng):
+    """Against the direct way: subtract the map, then compare. With the map in, the shift looks ten times smaller."""
+    content = rng.standard_normal((12, 24, 16, 16))
+    wave = 8 * np.cos(2 * np.pi * np.arange(16) / 16)[:, None] * np.ones(16)
+    moved = np.roll(content, 1, 3)
+    parts = [
+        rows_of(content + wave, moved + wave, "octave:3", "shifted:2"),
+        rows_of(content + wave, content + 0.1 * moved + wave, "octave:3", "noise"),
+        rows_of(content, rng.standard_normal(content.shape), "octave:3", "mean_removed"),
+    ]
+    spectra, taps = pd.concat([rows for rows, _ in parts], ignore_index=True), parts[0][1]
+    derived = divergence.map_free(spectra)
+    schema.check(derived, schema.SPECTRA, "spectra.parquet")
+    assert set(derived["condition"]) == {"mean_removed_shifted:2", "mean_removed_noise"}
+    direct = divergence.band_table(*rows_of(content, moved, "octave:3"), "octave:3", ["cosine"])
+    got = divergence.band_table(derived, taps, "octave:3", ["cosine"])
+    raw = divergence.band_table(spectra, taps, "octave:3", ["cosine"])
+    for band in ("low", "mid", "high"):
+        mean = [t[(t["band"] == band) & t["condition"].str.endswith(c)]["value"].mean()
+                for t, c in ((got, "shifted:2"), (direct, "paired"), (raw, "shifted:2"))]  # fmt: skip
+        assert mean[0] == pytest.approx(mean[1], rel=0.02)
+        assert band != "low" or mean[2] < mean[1] / 10
+    assert divergence.map_free(spectra[spectra["condition"] != "mean_removed"]).empty
+
+
 def test_cube_holds_what_the_table_holds():
     table = divergence.band_table(
         spectra_run.spectra(spectra_run.KNOWN, pairs=6, layers=2, few=3), spectra_run.taps(2), "octave:3"
