@@ -29,7 +29,7 @@ import urllib.request
 import venv
 from collections.abc import Iterator
 from configparser import ConfigParser, Error
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,26 +155,28 @@ def has_pip() -> bool:
 
 
 def pip(lock: int, *arguments: str) -> None:
-    """Run pip; on a terminal a counter shows that it still works."""
+    """Run pip; a counter on a terminal, or a line a minute in a log, shows that it still works."""
     # pip holds the lock too: should this process be killed, no other set-up starts beside the pip it leaves behind.
     process = subprocess.Popen([str(PYTHON), "-m", "pip", *arguments], pass_fds=(lock,))
-    started = time.monotonic()
+    terminal, seconds = sys.stderr.isatty(), 0
     try:
-        while True:
-            try:
-                status = process.wait(timeout=1)
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
                 break
-            except subprocess.TimeoutExpired:
-                if sys.stderr.isatty():
-                    print(f"\rfreqkd: installing, {time.monotonic() - started:.0f} s ", end="", file=sys.stderr)
+            seconds += 1
+            if terminal:
+                print(f"\rfreqkd: installing, {seconds} s ", end="", file=sys.stderr, flush=True)
+            elif seconds % 60 == 0:
+                say(f"installing, {seconds} s")
     except KeyboardInterrupt:
         process.wait()  # pip had the same signal and tidies up after itself
         raise
     finally:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-    if status:
-        raise subprocess.CalledProcessError(status, "pip")
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, "pip")
 
 
 def install_pip() -> None:
