@@ -29,10 +29,12 @@ CONDITION_WORDS = {
     "mean_removed_shuffled": "shuffled, mean maps taken out (the ceiling of mean_removed)",
     "without_artefacts": "paired, tokens of outlying norm replaced by the mean of the others",
     "shifted": "RGB image against itself moved by that many input pixels, along x and along y",
+    "mean_removed_shifted": "shifted, the RGB mean map taken out",
     "grey": "RGB image against its luminance",
     "inverted": "RGB image against the negative of its luminance",
     "blur": "RGB image against itself, blurred to the IR image's sharpness",
     "noise": "RGB image against itself with known 8-bit noise",
+    "mean_removed_noise": "noise, the RGB mean map taken out",
     "random": "paired, the same network with random weights",
     "pixels": "paired, the bare grey images in the same physical bands",
 }

@@ -27,7 +27,8 @@ CEILINGS = {"mean_removed": "mean_removed_shuffled", "mean_removed_shuffled": "m
 """The condition that says "unrelated scenes" for another one; `shuffled` for all that are not listed."""
 
 CONDITION_ORDER = ("paired", "mean_removed", "shuffled", "mean_removed_shuffled", "without_artefacts", "shifted",
-                   "grey", "inverted", "blur", "noise", "random", "pixels")  # fmt: skip
+                   "mean_removed_shifted", "grey", "inverted", "blur", "noise", "mean_removed_noise", "random",
+                   "pixels")  # fmt: skip
 """The order in which figures, tables and text list the conditions (stems, without an amount)."""
 
 CONVERGENCE_COLUMNS = ["condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high"]
@@ -108,14 +109,18 @@ class Run:
                     return ("", "") if low == high and low.startswith(">") else (low, high)
         return "", ""
 
-    @cached_property
-    def registration_condition(self) -> str:
-        """The `shifted:d` condition nearest to the measured registration shift; empty without either."""
-        measured = self.get("data", "registration_px")
-        shifts = [c for c in dict.fromkeys(self.ratio["condition"]) if str(c).startswith("shifted:")]
-        if measured is None or not shifts:
-            return ""
-        return str(min(shifts, key=lambda c: abs(float(c.partition(":")[2]) - float(measured))))
+    def nearest_shift(self, condition: str) -> str:
+        """The `shifted:d` condition nearest to the measured registration shift; empty without either.
+
+        For a mean-removed condition it is `mean_removed_shifted:d`, whose mean map is out too, where the run has it.
+        """
+        known, measured = list(dict.fromkeys(self.ratio["condition"])), self.get("data", "registration_px")
+        prefixes = ["mean_removed_", ""] if condition.startswith("mean_removed") else [""]
+        for prefix in prefixes:
+            shifts = [str(c) for c in known if str(c).startswith(f"{prefix}shifted:")]
+            if measured is not None and shifts:
+                return min(shifts, key=lambda c: abs(float(c.partition(":")[2]) - float(measured)))
+        return ""
 
     def band_text(self, name: str) -> str:
         """`low [0, 0.125)` where the edges are known, else the bare name; cycles per token."""
@@ -184,7 +189,7 @@ def beside(run: Run, condition: str, layer: str) -> dict[str, Any]:
         `energy_high` (RGB), `modes_low`, `modes_high`. None where the run does not hold it.
     """
     found: dict[str, Any] = {m: run.ratios.get((condition, m, layer)) for m in ("mse", "mse_per_mode", "cosine")}
-    found["shift"] = run.registration_condition
+    found["shift"] = run.nearest_shift(condition)
     found["shifted"] = run.ratios.get((found["shift"], "cosine", layer))
     for word, measure in (("energy", "energy_rgb"), ("modes", "modes")):
         for end, band in zip(("low", "high"), run.ends, strict=True):

@@ -22,6 +22,7 @@ from freqkd_analysis.console import console_table
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.methods_text import write_methods
 from freqkd_analysis.report import write_report
+from freqkd_analysis.runfolder import beside, read_run
 
 NASTY = "set00/<script>alert(1)</script> & $x$ \"quoted'.jpg"
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -131,6 +132,17 @@ def test_the_table_of_layers_holds_ratio_csv(html: str, tmp_path: Path) -> None:
         row = ratio.loc[(condition, measure, name)]
         assert (float(low), float(high), float(quotient)) == (row["low"], row["high"], row["ratio"])
         assert ("hidden" in more) == ((condition, measure) != ("mean_removed", "cosine"))
+
+
+def test_a_mean_removed_row_stands_beside_a_mean_removed_shift(tmp_path: Path) -> None:
+    read = read_run(fake_run(tmp_path, layers=1))
+    assert (read.nearest_shift("mean_removed"), read.nearest_shift("paired")) == ("shifted:1", "shifted:1")
+    moved = read.ratio[read.ratio["condition"] == "shifted:2"].assign(condition="mean_removed_shifted:2", ratio=7.0)
+    ratio = pd.concat([read.ratio, moved], ignore_index=True)
+    schema.write(ratio, read.folder / "ratio.csv")
+    read = read_run(read.folder)
+    assert (read.nearest_shift("mean_removed"), read.nearest_shift("paired")) == ("mean_removed_shifted:2", "shifted:1")
+    assert beside(read, "mean_removed", "0")["shifted"] == 7.0
 
 
 def test_mse_never_stands_without_what_explains_it(html: str) -> None:
