@@ -30,7 +30,7 @@ def console_table(run: Path, condition: str | None = None, measure: str | None =
     read = read_run(run)
     condition, measure = condition or read.condition, measure or read.measure
     for name, column in ((condition, "condition"), (measure, "measure")):
-        known = list(dict.fromkeys(read.ratio[column]))
+        known = list(read.ratio[column].unique())
         if name not in known:
             raise RunError(
                 f'no rows of {column} "{name}" in ratio.csv.{nearest(name, known)} It has: {", ".join(known)}.'

@@ -259,7 +259,7 @@ def _controls(run: Run) -> Drawing:
     table = rows(run.summary, measure=run.measure, layer="all")
     layer = "all"
     if table.empty:
-        numbers = [n for n in dict.fromkeys(run.summary["layer"]) if n != "all"]
+        numbers = [n for n in run.summary["layer"].unique() if n != "all"]
         layer = max(numbers, key=float, default="all")
         table = rows(run.summary, measure=run.measure, layer=layer)
     table = table[table["band"].isin(list(ends)) & table["mean"].notna()]
@@ -283,7 +283,7 @@ def _controls(run: Run) -> Drawing:
 def _shift(run: Run) -> Drawing:
     import pandas as pd
 
-    for condition in dict.fromkeys([run.condition, *dict.fromkeys(run.ratio["condition"])]):
+    for condition in dict.fromkeys([run.condition, *run.ratio["condition"].unique()]):
         table = rows(run.ratio, condition=condition, measure=run.measure)
         table = table[table["layer"] != "all"]
         records = []

@@ -135,7 +135,7 @@ def _spectra(run: Run) -> str:
 
 
 def _controls(run: Run) -> str:
-    names = list(run.get("conditions", default={})) or list(dict.fromkeys(run.summary["condition"]))
+    names = list(run.get("conditions", default={})) or list(run.summary["condition"].unique())
     stems: dict[str, list[str]] = {}
     for name in sorted(names, key=condition_order):
         stem, _, amount = name.partition(":")

@@ -159,7 +159,7 @@ def _warnings(run: Run) -> list[str]:
         "other. Ten layers that agree are not ten findings."
     )
     ceiling = CEILINGS.get(run.condition, "shuffled")
-    if ceiling not in set(run.summary["condition"]):
+    if ceiling not in set(run.summary["condition"].unique()):
         found.append(f"No ceiling ({ceiling} was not run): nothing is calibrated, and the verdict stays undetermined.")
     if run.condition != PRIMARY_CONDITIONS[0]:
         found.append(f"{PRIMARY_CONDITIONS[0]} was not run: a position map that both images share is still inside.")
@@ -262,8 +262,8 @@ def _setting(value: Any) -> str:
 
 def _layers_table(run: Run) -> dict[str, Any]:
     """One row a layer, condition and measure; every band's mean and what stands beside mse come along."""
-    conditions = [c for c in PRIMARY_CONDITIONS if c in set(run.ratio["condition"])]
-    measures = [m for m in dict.fromkeys(run.ratio["measure"]) if m in DIVERGENCES]
+    conditions = [c for c in PRIMARY_CONDITIONS if c in set(run.ratio["condition"].unique())]
+    measures = [m for m in run.ratio["measure"].unique() if m in DIVERGENCES]
     listed: list[dict[str, Any]] = []
     near: dict[tuple[str, str], dict[str, Any]] = {}
     for condition in conditions:

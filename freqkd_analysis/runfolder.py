@@ -59,7 +59,7 @@ class Run:
     @cached_property
     def measure(self) -> str:
         """The primary measure of this run: verdict.json's, else `cosine`, else the first one that was computed."""
-        known = list(dict.fromkeys(self.ratio["measure"])) or list(dict.fromkeys(self.summary["measure"]))
+        known = list(self.ratio["measure"].unique()) or list(self.summary["measure"].unique())
         for name in (self.verdict.get("measure"), PRIMARY_MEASURE):
             if name in known:
                 return str(name)
@@ -68,7 +68,7 @@ class Run:
     @cached_property
     def condition(self) -> str:
         """The condition that the verdict is read from: verdict.json's, else `mean_removed`, else `paired`."""
-        known = set(self.ratio["condition"])
+        known = set(self.ratio["condition"].unique())
         for name in (self.verdict.get("condition"), *PRIMARY_CONDITIONS):
             if name in known:
                 return str(name)
@@ -78,7 +78,7 @@ class Run:
     def bands(self) -> list[str]:
         """Band names from low to high."""
         names = self.weights.get("bands", {}).get("names")
-        return [str(n) for n in names] if names else list(dict.fromkeys(self.summary["band"].astype(str)))
+        return [str(n) for n in names] if names else list(self.summary["band"].astype(str).unique())
 
     @cached_property
     def ends(self) -> tuple[str, str]:
@@ -114,7 +114,7 @@ class Run:
 
         For a mean-removed condition it is `mean_removed_shifted:d`, whose mean map is out too, where the run has it.
         """
-        known, measured = list(dict.fromkeys(self.ratio["condition"])), self.get("data", "registration_px")
+        known, measured = list(self.ratio["condition"].unique()), self.get("data", "registration_px")
         prefixes = ["mean_removed_", ""] if condition.startswith("mean_removed") else [""]
         for prefix in prefixes:
             shifts = [str(c) for c in known if str(c).startswith(f"{prefix}shifted:")]

@@ -77,13 +77,13 @@ def _summary(conditions, layers, names, pairs, groups, rng) -> pd.DataFrame:
 
 
 def _ratio(summary: pd.DataFrame, names: list[str], conditions: list[str]) -> pd.DataFrame:
-    mean = summary.set_index(["condition", "layer", "band", "measure"])["mean"]
-    records = []
+    mean = summary.set_index(["condition", "layer", "band", "measure"])["mean"].to_dict()
+    names_of_layers, records = list(summary["layer"].unique()), []
     for condition in conditions:
         ceiling = "mean_removed_shuffled" if condition == "mean_removed" else "shuffled"
         calibrated = ceiling in conditions and condition not in ("random", ceiling)
         for measure in MEASURES:
-            for layer in dict.fromkeys(summary["layer"]):
+            for layer in names_of_layers:
                 low, high = (mean[condition, layer, band, measure] for band in (names[0], names[-1]))
                 row = {"condition": condition, "layer": layer, "measure": measure, "low": low, "high": high,
                        "ratio": high / low, "ratio_ci_low": high / low * 0.9, "ratio_ci_high": high / low * 1.15,
