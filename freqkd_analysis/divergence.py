@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freqkd_analysis.bands import Atoms, Bands
+from freqkd_analysis.bands import FINE, Atoms, Bands
 from freqkd_analysis.errors import BandsError, FreqkdError, RunError, nearest
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ Measure = Callable[[Array, Array, Array, Array, Array, Array, Array], Array]
 
 ROUNDING = 1e-13
 """A band below this share of the pair's whole energy holds the rounding of float32, not a signal."""
+
+BAND_NAMES = ("low", *(f"b{k}" for k in range(1, FINE)), "mid", "high", "all")
+"""Every name that Bands gives, by frequency."""
 
 CONDITION_ORDER = (
     "paired", "shuffled", "mean_removed", "mean_removed_shuffled",
@@ -174,7 +177,7 @@ def band_table(
     measures: Iterable[str] | None = None,
     run_bands_text: str | None = None,
 ) -> pd.DataFrame:
-    """Divergences of every condition, pair, layer and band: a table with the columns schema.DIVERGENCE.
+    """Divergences of every condition, pair, layer and band: the columns of schema.DIVERGENCE, text as categories.
 
     Args:
         spectra: rows of spectra.parquet, in any order.
@@ -209,12 +212,15 @@ def band_table(
         sums = where.sums([c[rows] for c in columns], radius[rows], block, len(blocks), pixels)
         values = where.measure(sums, names, pixels)
         keep = np.flatnonzero(~pixels | (where.run.edges2 is not None))
-        named = ((conditions, kind), (pairs, who), (groups, who))
-        labels = [np.array(names_of, dtype=object)[place[keep]] for names_of, place in named]
-        parts.append(where.frame(values[keep], labels, names))
+        parts.append(where.frame(values[keep], kind[keep], who[keep]))
     if not parts:
         raise RunError("spectra.parquet holds no rows; run `freqkd-analyze layers` again.")
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    kinds, group_names = sorted(set(groups)), pd.Categorical(groups).codes
+    table["group"] = pd.Categorical.from_codes(group_names[table["pair"]], kinds)
+    for column, labels in (("condition", conditions), ("pair", pairs), ("measure", names), ("band", BAND_NAMES)):
+        table[column] = pd.Categorical.from_codes(table[column], list(labels)).remove_unused_categories()
+    return table
 
 
 def map_free(spectra: pd.DataFrame) -> pd.DataFrame:
@@ -277,19 +283,19 @@ class _Layer:
             each = [MEASURES[name](pa, pb, re, pd, modes, positions, channels) for name in names]
             return np.stack(each, axis=-1)
 
-    def frame(self, values: Array, labels: list[Array], names: Sequence[str]) -> pd.DataFrame:
+    def frame(self, values: Array, condition: Array, pair: Array) -> pd.DataFrame:
+        """Rows in the order of the blocks, then bands, then measures; text columns still as numbers."""
         import pandas as pd
 
         n, k, m = values.shape
-        text = [pd.Series(x, dtype="str").array.repeat(k * m) for x in labels]
-        tile = np.repeat(np.tile(np.arange(k), n), m)
+        band = np.repeat(np.tile(np.arange(k), n), m)
+        number = np.array([BAND_NAMES.index(name) for name in self.bands.names], dtype=np.int8)
+        each = k * m
         return pd.DataFrame({
-            "condition": text[0], "pair": text[1], "group": text[2],
-            "layer": np.full(n * k * m, self.number, dtype=np.int32),
-            "band": pd.Categorical.from_codes(tile, list(self.bands.names)).astype("str"),
-            "f_lo": self.bands.f_lo[tile], "f_hi": self.bands.f_hi[tile],
-            "measure": pd.Categorical.from_codes(np.tile(np.arange(m), n * k), list(names)).astype("str"),
-            "value": values.ravel(),
+            "condition": np.repeat(condition.astype(np.int16), each), "pair": np.repeat(pair.astype(np.int32), each),
+            "group": np.int32(0), "layer": np.full(n * each, self.number, dtype=np.int32), "band": number[band],
+            "f_lo": self.bands.f_lo[band], "f_hi": self.bands.f_hi[band],
+            "measure": np.tile(np.arange(m, dtype=np.int8), n * k), "value": values.ravel(),
         })  # fmt: skip
 
 
@@ -318,7 +324,7 @@ def _sorted_codes(column: pd.Series, key: Callable[[str], Any]) -> tuple[list[st
 
 
 def _group_of_pair(column: pd.Series, pair: Array, n: int) -> list[str]:
-    codes, names = _sorted_codes(column.fillna(""), str)
+    codes, names = _sorted_codes(column.astype("str").fillna("") if column.hasnans else column, str)
     found = np.zeros(n, dtype=np.int64)
     found[pair] = names
     if (found[pair] != names).any():
@@ -350,9 +356,15 @@ class Cube:
         return self.values[condition][..., self.measures.index(measure)]
 
 
+def joined(a: Cube, b: Cube) -> Cube:
+    """One cube with the conditions of both; same layers, bands and measures."""
+    assert (a.layers, a.bands, a.measures) == (b.layers, b.bands, b.measures)
+    return Cube(a.layers, a.bands, a.measures, a.pairs | b.pairs, a.groups | b.groups, a.values | b.values)
+
+
 def cube(table: pd.DataFrame) -> Cube:
     """Dense arrays of a divergence table, whatever the order of its rows. Bands are ordered by frequency."""
-    bands, band = _sorted_codes(table["band"], _band_key)
+    bands, band = _sorted_codes(table["band"], BAND_NAMES.index)
     measures, measure = _sorted_codes(table["measure"], lambda m: [*MEASURES, m].index(m))
     conditions, condition = _sorted_codes(table["condition"], _condition_key)
     pairs, pair = _sorted_codes(table["pair"], str)
@@ -368,8 +380,3 @@ def cube(table: pd.DataFrame) -> Cube:
         result.groups[name] = tuple(groups[i] for i in present)
         result.values[name] = dense
     return result
-
-
-def _band_key(name: str) -> tuple[int, int]:
-    known = {"low": 0, "mid": 2, "high": 3, "all": 4}
-    return (1, int(name[1:])) if name[:1] == "b" and name[1:].isdigit() else (known.get(name, 5), 0)

@@ -16,7 +16,7 @@ import numpy as np
 from freqkd_analysis import calibration, schema, statistics
 from freqkd_analysis.band_weights import band_weights
 from freqkd_analysis.calibration import Answer, with_all
-from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, map_free
+from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, joined, map_free
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.statistics import Array, Interval
 
@@ -54,8 +54,6 @@ def summarize(
         out: where to write; the run, or RUN/rebanded-<bands> for other bands, so that nothing is overwritten.
     Raises: RunError, BandsError, FreqkdError, each in one line.
     """
-    import pandas as pd
-
     manifest = _manifest(run)
     own = str(manifest["config"]["bands"])
     text, taps = bands or own, manifest["taps"]
@@ -64,7 +62,8 @@ def summarize(
     spectra = schema.read(run / "spectra.parquet")
     table = band_table(spectra, taps, text, names, own)
     values, beside = cube(table), map_free(spectra)
-    full = cube(pd.concat([table, band_table(beside, taps, text, names, own)])) if len(beside) else values
+    full = joined(values, cube(band_table(beside, taps, text, names, own))) if len(beside) else values
+    del spectra, beside  # the large ones; what follows starts from arrays
     registration = manifest.get("data", {}).get("registration_px")
     calibration.floor_pixels(floor, list(values.values), registration)  # fails before anything is written
     answers = {
