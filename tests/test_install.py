@@ -198,6 +198,7 @@ def test_an_interrupted_set_up_starts_from_an_empty_venv(bootstrap: Any, monkeyp
     monkeypatch.setattr(bootstrap, "has_pip", lambda: True)
     monkeypatch.setattr(bootstrap, "pip", lambda lock, *arguments: asked.append(arguments))
     assert bootstrap.main(["test"]) == 0
+    assert not torn.exists()
     assert asked[0][-1] == f"{bootstrap.ROOT}[test]"
     assert bootstrap.ready("test")
     assert bootstrap.main(["test"]) == 0 and bootstrap.main(["run"]) == 0
