@@ -34,8 +34,8 @@ class Answer:
     """What one condition and measure say, per layer and for `all` (last): intervals (L + 1,) by name.
 
     `low`, `high`: mean divergence; `ratio`: high / low; `difference`: high - low; `c_low`, `c_high`, `c_ratio`:
-    calibrated; `shift_low`, `shift_high`: input px. `p` (L + 1,) of the difference, `p_fdr` adjusted over layers,
-    `effect` its size, `mean_of_ratios` over pairs, `geometric` and `c_geometric` (1,) over layers.
+    calibrated; `shift_low`, `shift_high`: input px. `p` (L + 1,) of the difference, `p_fdr` adjusted over layers
+    (`all` keeps its p), `effect` its size, `mean_of_ratios` over pairs, `geometric`, `c_geometric` (1,) over layers.
     """
 
     intervals: dict[str, Interval]

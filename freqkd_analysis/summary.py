@@ -65,7 +65,8 @@ def summarize(
     full = joined(values, cube(band_table(beside, taps, text, names, own))) if len(beside) else values
     del spectra, beside  # the large ones; what follows starts from arrays
     registration = manifest.get("data", {}).get("registration_px")
-    calibration.floor_pixels(floor, list(values.values), registration)  # fails before anything is written
+    moved = calibration.floor_pixels(floor, list(values.values), registration)  # fails before anything is written
+    floor = floor if moved is None else f"shifted:{moved:g}"
     answers = {
         (c, m): calibration.answer(full, c, m, floor, registration, draws, seed)
         for c in values.values

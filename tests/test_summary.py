@@ -169,6 +169,13 @@ def test_other_bands_go_beside_the_run(run):
     assert runfolder.read_run(folder).bands == ["low", "high"]
 
 
+def test_the_floor_is_recorded_with_its_pixels(run, tmp_path):
+    verdict = summary.summarize(run, floor="shifted", draws=100, out=tmp_path / "floor")
+    assert verdict["floor"] == "shifted:1.7"
+    rules = json.loads((tmp_path / "floor" / "band_weights.json").read_text())["rules"]
+    assert rules["shared"].endswith("floor shifted:1.7")
+
+
 def test_bands_the_run_cannot_give_write_nothing(run, tmp_path):
     with pytest.raises(BandsError, match=r"cut through|lies inside"):
         summary.summarize(run, bands="paper", out=tmp_path / "no")
