@@ -49,7 +49,7 @@ def band_energies(x_BCHW: Tensor, bands: Bands) -> Tensor:
         >>> band_energies(column, Bands.parse("0.25", grid=(8, 8))).round().tolist()
         [[0.0, 64.0]]
     """
-    return _modes(x_BCHW, bands).square().sum(1).flatten(1) @ _selection(bands, x_BCHW)
+    return _binned(_modes(x_BCHW, bands).square(), bands)
 
 
 def cross_spectrum(x_BCHW: Tensor, y_BCHW: Tensor, bands: Bands) -> CrossSpectrum:
@@ -66,9 +66,7 @@ def cross_spectrum(x_BCHW: Tensor, y_BCHW: Tensor, bands: Bands) -> CrossSpectru
         raise FreqkdError(f"expected two batches of one shape, got {_size(x_BCHW)} and {_size(y_BCHW)}.")
     x, y = _modes(x_BCHW, bands), _modes(y_BCHW, bands)
     d = _modes(_real(x_BCHW) - _real(y_BCHW), bands)
-    select = _selection(bands, x_BCHW)
-    parts = (x.square(), y.square(), x * y, d.square())
-    return CrossSpectrum(*(part.sum(1).flatten(1) @ select for part in parts))
+    return CrossSpectrum(*(_binned(part, bands) for part in (x.square(), y.square(), x * y, d.square())))
 
 
 def split_bands(x_BCHW: Tensor, bands: Bands) -> Tensor:
@@ -240,6 +238,12 @@ def _modes(x_BCHW: Tensor, bands: Bands) -> Tensor:
             rows, columns = (torch.as_tensor(real_basis(n), dtype=x.dtype, device=x.device) for n in bands.grid)
             return rows @ x @ columns.T
         return torch.cat(_parts(torch.fft.fft2(x, norm="ortho")), dim=1)
+
+
+def _binned(products_BCHW: Tensor, bands: Bands) -> Tensor:
+    """(B, K) sums over channels and modes of products of `_modes`."""
+    with _island(products_BCHW):
+        return products_BCHW.sum(1).flatten(1) @ _selection(bands, products_BCHW)
 
 
 def _parts(z: Tensor) -> tuple[Tensor, Tensor]:
