@@ -121,13 +121,17 @@ def standardize(x_BNC: Tensor, how: str) -> Tensor:
         return x_BNC
     x = _real(x_BNC)
     with _island(x):
-        tiny = torch.finfo(x.dtype).tiny
         if how in ("channel", "released"):
-            x = x - x.mean(1, keepdim=True)
+            mean = x.mean(1, keepdim=True)
+            x = x - mean
+            variance = x.square().mean(1, keepdim=True)
+            # The mean of equal numbers is not always that number: a rest of its rounding counts as constant.
+            constant = variance <= (16 * torch.finfo(x.dtype).eps * mean).square()
+            x = x.masked_fill(constant, 0)
         if how == "channel":
-            deviation = x.square().mean(1, keepdim=True).sqrt()
-            return x / torch.where(deviation > 0, deviation, 1)
-        return x / x.norm(dim=2, keepdim=True).clamp_min(tiny)
+            return x / variance.masked_fill(constant, 1).sqrt()
+        norm = x.norm(dim=2, keepdim=True)
+        return x / torch.where(norm > 0, norm, 1)
 
 
 def phase_correlation(a_HW: np.ndarray, b_HW: np.ndarray, max_shift: int = 24) -> tuple[float, float, float]:
