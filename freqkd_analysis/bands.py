@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from math import ceil, sqrt
 
 import numpy as np
@@ -33,7 +34,8 @@ class Atoms:
     For bands that are rings, the atoms are the same rings on every grid, so that atom numbers compare.
 
     index: (H, W) atom of each mode, in the order of np.fft.fftfreq. f_lo, f_hi: (A,) cycles per token.
-    modes: (A,) counts, 0 where the grid has no mode in a ring. to_bands: (A, K); band energies are atom energies @ to_bands.
+    modes: (A,) counts, 0 where the grid has no mode in a ring.
+    to_bands: (A, K); band energies are atom energies @ to_bands.
     """
 
     index: np.ndarray
@@ -154,7 +156,7 @@ def _parse(text: str, grid: tuple[int, int], stride: int | None) -> Bands:
     else:
         known = [*_EDGES, *_SHAPES]
         raise BandsError(
-            f'expected bands as one of {", ".join(known)} or edges such as 0.1,0.25; got "{text}".{nearest(kind, known)}'
+            f'expected bands {", ".join(known)} or edges such as 0.1,0.25; got "{text}".{nearest(kind, known)}'
         )
     return _from_edges(text, grid, stride, edges2)
 
@@ -229,7 +231,7 @@ def _explicit(text: str, stride: int | None) -> tuple[Fraction, ...]:
     if per_pixel and stride is None:
         raise BandsError(f'edges in cycles per pixel ("{text}") need the stride of the layer, got none.')
     edges = [_number(part) * ((stride or 1) if per_pixel else 1) for part in listed.split(",")]
-    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(edges)):
         raise BandsError(f'expected increasing band edges, got "{text}".')
     inner = [edge for edge in edges if edge > 0 and edge**2 < _CORNER2]
     if not inner:

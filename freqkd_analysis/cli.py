@@ -6,7 +6,9 @@ Data goes to stdout, talk to stderr. Exit status: 0 done, 1 a check failed, 2 wr
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -271,8 +273,14 @@ def doctor(as_json: AsJson = False) -> None:
     terminal.show(inspection.doctor(), as_json)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: errors of use become one line and their exit status."""
+    """Entry point: errors of use become one line and their exit status; SIGTERM ends a run as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(args=arguments)
     except FreqkdError as error:

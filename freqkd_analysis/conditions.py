@@ -195,6 +195,11 @@ def image_comparisons(
     return out
 
 
+def images_made(conditions: tuple[str, ...]) -> int:
+    """How many images beside the pair itself a control pair sends through the network (crop geometry)."""
+    return sum(2 if name.startswith("shifted:") else 1 for name in conditions if name in IMAGE_CONDITIONS)
+
+
 def frames(sample: PairedSample, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The visible and the infrared frame of a decoded pair."""
     return geometry.frame(sample.rgb), geometry.frame(sample.ir)

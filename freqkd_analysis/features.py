@@ -70,10 +70,7 @@ def find_taps(model: nn.Module, size: tuple[int, int], layers: str = "all") -> l
         [('layer1', (16, 16), 4), ('layer4', (2, 2), 32)]
     """
     names = layer_names(model)
-    if not names or not hasattr(model, "forward_intermediates"):
-        raise NetworkError(
-            f"{type(model).__name__} has no intermediates in timm; expected a network with feature_info."
-        )
+    forward = _intermediates(model)
     device = next(model.parameters()).device
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     wanted = _select(model, names, layers)
@@ -91,9 +88,10 @@ def find_taps(model: nn.Module, size: tuple[int, int], layers: str = "all") -> l
     present = [name for name in dict.fromkeys([*names, *wanted]) if name in modules]
     handles = [modules[name].register_forward_hook(keep(name)) for name in present]
     try:
-        intermediates = model.forward_intermediates(image, intermediates_only=True)
+        intermediates = forward(image, intermediates_only=True)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise NetworkError(f"{type(model).__name__} takes no {size[0]}x{size[1]} input ({first(str(error).splitlines(), 1)}); "
+        why = first(str(error).splitlines(), 1)
+        raise NetworkError(f"{type(model).__name__} takes no {size[0]}x{size[1]} input ({why}); "
                            "try another --size.") from error  # fmt: skip
     finally:
         for handle in handles:
@@ -105,6 +103,13 @@ def find_taps(model: nn.Module, size: tuple[int, int], layers: str = "all") -> l
             _inner_tap(name, names, stages, order, size, outputs.get(name)) for name in wanted]  # fmt: skip
     _one_a_layer(taps)
     return sorted(taps, key=lambda tap: tap.layer)
+
+
+def _intermediates(model: nn.Module) -> Callable[..., Any]:
+    found = getattr(model, "forward_intermediates", None)
+    if not callable(found) or not layer_names(model):
+        raise NetworkError(f"{type(model).__name__} has no intermediates in timm; expected one with feature_info.")
+    return found
 
 
 def _select(model: nn.Module, names: list[str], layers: str) -> list[str]:
@@ -155,8 +160,8 @@ def _inner_tap(name: str, names: list[str], stages: list[Tap], order: list[str],
     if output.ndim == 3:
         prefix = output.shape[1] - stage.grid[0] * stage.grid[1]
         if prefix < 0:
-            raise NetworkError(f"{name} puts out {output.shape[1]} tokens; expected the {stage.grid[0]}x{stage.grid[1]} "
-                               f"grid of {stage.tap}, with or without prefix tokens.")  # fmt: skip
+            raise NetworkError(f"{name} puts out {output.shape[1]} tokens; expected the "
+                               f"{stage.grid[0]}x{stage.grid[1]} grid of {stage.tap}, with or without prefix tokens.")  # fmt: skip
         return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[2], "tokens", prefix)
     if tuple(output.shape[1:3]) == stage.grid and output.shape[3] not in stage.grid:
         return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[3], "nhwc")
@@ -232,7 +237,7 @@ class Capture:
         """One forward of (M, 3, H, W) normalised images, stopped after the last layer wanted."""
         inner = [tap for tap in self.taps if tap.how == "intermediate"]
         indices = sorted({tap.layer for tap in inner} | {self.last})
-        results = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
+        results = _intermediates(self.model)(images, indices=indices, stop_early=True, intermediates_only=True)
         for tap in inner:
             self.sink(tap, results[indices.index(tap.layer)].flatten(2).transpose(1, 2))
 

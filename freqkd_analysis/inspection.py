@@ -21,8 +21,9 @@ def network(name: str, size: tuple[int, int]) -> list[dict[str, Any]]:
     for tap in find_taps(made.model, size):
         bands = Bands.parse("octave:3", tap.grid, tap.stride)
         modes = dict(zip(bands.names, bands.modes.tolist(), strict=True))
-        rows.append({"layer": tap.layer, "tap": tap.tap, "grid": "x".join(map(str, tap.grid)), "stride": tap.stride,
-                     "channels": tap.channels, "prefix tokens": tap.prefix, **{f"{k} modes": n for k, n in modes.items()}})  # fmt: skip
+        row = {"layer": tap.layer, "tap": tap.tap, "grid": f"{tap.grid[0]}x{tap.grid[1]}", "stride": tap.stride}
+        rows.append(row | {"channels": tap.channels, "prefix tokens": tap.prefix}
+                    | {f"{name} modes": count for name, count in modes.items()})  # fmt: skip
     return rows
 
 

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from freqkd_analysis import conditions, measure, models, plan, provenance, schema, shards
@@ -147,6 +146,10 @@ def measure_all(job: Job, run: Path, progress: measure.Progress, meet: Callable[
         meet()
 
 
+def _silent(step: int, what: str) -> None:
+    pass
+
+
 def _check_bad(job: Job, run: Path) -> None:
     bad = {skip["id"] for block in job.plan.blocks if shards.path_of(run, block.name).is_file()
            for skip in shards.load(run, block.name).skipped}  # fmt: skip
@@ -165,14 +168,14 @@ def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[
     gathered = shards.gather(run, [block.name for block in job.plan.blocks])
     if control:
         schema.write(shards.coherence(run, control, bench.taps, bench.bands), run / "coherence.parquet")
-    config = asdict(job.settings) | {"device": bench.device, "workers": machine.workers,
-                                     "batch_size": machine.batch_size or "auto", "ir_conversion": bench.conversion}  # fmt: skip
+    how = {"device": bench.device, "workers": machine.workers, "batch_size": machine.batch_size or "auto"}
+    config = asdict(job.settings) | how | {"ir_conversion": bench.conversion}
     used = [record for record in job.plan.records if record.id not in {skip["id"] for skip in gathered["skipped"]}]
     data = {"spec": job.settings.data, "n": len(used), "groups": len({r.group for r in used}),
             "control_n": len(job.plan.control), "skipped": gathered["skipped"], "missing": job.missing,
             "day": sum(r.time == "day" for r in used), "night": sum(r.time == "night" for r in used),
             "id_sha256": provenance.sha256_lines(r.id for r in used), **gathered["registration"],
-            "input": list(bench.geometry.size), "blocks": job.plan.describe(), "notes": list(job.plan.notes)}  # fmt: skip
+            "input": bench.geometry.size, "blocks": job.plan.describe(), "notes": job.plan.notes}  # fmt: skip
     sections = {"config": config, "network": bench.network.describe(), "data": data,
                 "taps": [tap.describe() for tap in bench.taps], "conditions": gathered["conditions"],
                 "artefacts": gathered["artefacts"]}  # fmt: skip
@@ -208,7 +211,7 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
         if rank == 0:
             claim_folder(out, job.settings, resume)
         meet()
-        with progress(job.work) as step:
+        with progress(job.work) if rank == 0 else contextlib.nullcontext(_silent) as step:
             measure_all(job, out, step, meet)
         if rank != 0:
             return None
@@ -233,15 +236,13 @@ def dry_run(job: Job) -> dict[str, Any]:
         seconds = time.monotonic() - clock
     if not shard.pairs["paired"]:
         raise CheckFailed(f"no pair of the first batch could be read: {shard.skipped[0]['reason']}")
-    names = [name for name, a, b in conditions.image_comparisons(
-        bench.geometry, *[torch.zeros(3, 64 + max(bench.geometry.size), 64 + max(bench.geometry.size))] * 2,
-        job.settings.conditions, 0)] if job.plan.control else []  # fmt: skip
-    images = {"mean": 2, "main": 2, "control": 2 + len(names) + 2 * ("random" in job.settings.conditions)}
+    made = conditions.images_made(job.settings.conditions)
+    images = {"mean": 2, "main": 2, "control": 2 + made + 2 * job.plan.wants("random")}
     forwards = sum(images[block.kind] * len(block.records) for block in job.plan.blocks)
     each = seconds / (2 * len(few.records))
     state = sum(4 * meter.z[0].nelement() * 4 for meter in bench.meters.values())
     rows = sum(int((meter.modes > 0).sum()) for meter in bench.meters.values())
-    per_pair = 4 * job.plan.describe()["main"] + (len(names) + 3) * job.plan.describe()["control"]
+    per_pair = 4 * job.plan.describe()["main"] + (made + 3) * job.plan.describe()["control"]
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -34,7 +34,7 @@ Progress = Callable[[int, str], None]
 
 @dataclass
 class Bench:
-    """All that stays fixed while blocks pass: network, its taps, bands a tap, geometry, and the scratch of each grid."""
+    """All that stays fixed while blocks pass: network, taps, bands a tap, geometry, the scratch of each grid."""
 
     plan: Plan
     network: Network
@@ -53,8 +53,8 @@ class Bench:
         scratch: dict[tuple[tuple[int, int], int, int], Spectrometer] = {}
         for tap in self.taps:
             key = (tap.grid, tap.channels, tap.stride)
-            meter = Spectrometer(self.bands[tap.layer], tap.channels, settings.window, settings.standardize, self.device,
-                                 like=scratch.get(key))  # fmt: skip
+            how = (settings.window, settings.standardize, self.device)
+            meter = Spectrometer(self.bands[tap.layer], tap.channels, *how, like=scratch.get(key))
             scratch.setdefault(key, meter)
             self.meters[tap.layer] = meter
 
@@ -190,8 +190,7 @@ def main_block(bench: Bench, block: Block, run: Path, progress: Progress) -> Sha
         views = [bench.geometry.view(item.rgb) for item in batch] + [bench.geometry.view(item.ir) for item in batch]
 
         def sink(tap: Tap, maps: Tensor, size: int = len(batch)) -> None:
-            for i in range(size):
-                bench.meters[tap.layer].measure(maps[i], maps[size + i], kept.get(tap.layer))
+            bench.meters[tap.layer].measure_pairs(maps[:size], maps[size:], kept.get(tap.layer))
 
         bench.forward(views, sink)
         done += [item.record for item in batch]
@@ -356,5 +355,7 @@ def _check_finite(shard: Shard, taps: Sequence[Tap]) -> None:
         bad = ~np.isfinite(values).all((1, 2))
         if bad.any():
             pair = shard.pairs[condition][int(np.argmax(bad))][0]
-            raise NonFiniteError(f"features of layer {layer} ({names[layer]}) are not finite for pair {pair} "
-                                 f"({condition}); expected finite numbers. Try --dtype fp32 or other weights.")  # fmt: skip
+            raise NonFiniteError(
+                f"features of layer {layer} ({names[layer]}) are not finite for pair {pair} ({condition}); "
+                "expected finite numbers. Try --dtype fp32 or other weights."
+            )

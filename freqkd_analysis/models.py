@@ -42,8 +42,8 @@ class Network:
     def describe(self) -> dict[str, Any]:
         """The network's entry in a run's manifest."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        return {"name": self.name, "weights": self.source, "sha256": self.sha256, "parameters": parameters,
-                "trained": self.trained, "note": self.notice, "mean": list(self.mean), "std": list(self.std)}  # fmt: skip
+        told = {"name": self.name, "weights": self.source, "sha256": self.sha256, "parameters": parameters}
+        return told | {"trained": self.trained, "note": self.notice, "mean": self.mean, "std": self.std}
 
 
 def known() -> list[str]:
@@ -207,19 +207,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise NetworkError(
             f"no weights file {path}; expected auto, pretrained, random, or a .safetensors or .pth file."
         )
+    state: dict[str, Any]
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state = dict(load_file(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
     except Exception as error:
         raise NetworkError(f"{path} is no readable weights file, or holds more than tensors and is refused "
                            f"({type(error).__name__}). Convert it to .safetensors.") from error  # fmt: skip
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise NetworkError(f"{path} holds no state dict; expected names with tensors.")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

@@ -53,7 +53,8 @@ def save(run: Path, block: str, shard: Shard) -> None:
     arrays |= {f"sums/{name}": value for name, value in shard.sums.items()}
     header = json.dumps({"pairs": shard.pairs, "skipped": shard.skipped, "notes": shard.notes}, sort_keys=True)
     buffer = io.BytesIO()
-    np.savez(buffer, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)
+    arrays["header"] = np.frombuffer(header.encode(), dtype=np.uint8)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     with schema.atomic(path_of(run, block)) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 

@@ -235,7 +235,7 @@ def _checked(x_BCHW: Tensor, bands: Bands) -> Tensor:
 
 
 def _modes(x_BCHW: Tensor, bands: Bands) -> Tensor:
-    """(B, C, H, W) coefficients whose squares sum to mode energies: real when the bands allow, else (re, im) stacked."""
+    """(B, C, H, W) coefficients whose squares are mode energies: real if the bands allow, else (re, im) stacked."""
     x = _checked(x_BCHW, bands)
     with _island(x):
         if bands.mirrored:

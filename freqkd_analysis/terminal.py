@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from freqkd_analysis.provenance import plain
+
 PLAIN_SECONDS = 10.0
 """Without a terminal, one progress line in so many seconds."""
 
@@ -82,7 +84,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 def show(content: Any, as_json: bool) -> None:
     """Rows as a table, a mapping as lines; as JSON when asked."""
     if as_json:
-        print(json.dumps(content, default=str))
+        print(json.dumps(plain(content)))
         return
     if isinstance(content, dict):
         for name, value in content.items():
