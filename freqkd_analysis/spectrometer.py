@@ -10,6 +10,7 @@ Shapes: N = H W tokens, C channels, A atoms, P pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,7 @@ class Spectrometer:
         self.norms: list[Tensor] = []
         self.products: list[Tensor] = []
         if like is not None:  # same grid and channels: one scratch for all
-            for name in ("rows", "columns", "taper", "atoms", "select", "modes", "z", "half"):
+            for name in ("rows", "columns", "taper", "atoms", "select", "modes", "z", "half", "views"):
                 setattr(self, name, getattr(like, name))
             return
         self.rows = torch.as_tensor(real_basis(height, window), dtype=torch.float32, device=device)
@@ -92,35 +93,57 @@ class Spectrometer:
         self.modes = np.bincount(index, minlength=self.atoms)
         self.z = torch.empty(2, height * width, channels * (2 if self.complex else 1), device=device)
         self.half = torch.empty(height, width * channels, device=device)
+        grid, flat = (height, width, -1), (height, -1)
+        self.views = (self.columns.expand(height, width, width), self.half.view(grid), self.z[1].view(flat),
+                      self.z[0].view(grid), self.z[1].view(grid))  # fmt: skip
 
-    def transform(self, x_NC: Tensor, out: Tensor) -> None:
-        """Coefficients of one map into `out`; rows of `out` are ordered as `atom_index`."""
-        height, width = self.bands.grid
+    def transform(self, x: Tensor, place: int) -> None:
+        """Coefficients of one map, (N, C) or (H, W C), into `z[place]`; rows are ordered as `atom_index`."""
         if self.complex:
-            out.copy_(complex_maps(x_NC, self.bands.grid))
+            self.z[place].copy_(complex_maps(x, self.bands.grid))
             return
-        torch.mm(self.rows, x_NC.reshape(height, width * self.channels), out=self.half)
-        torch.bmm(self.columns.expand(height, width, width), self.half.view(height, width, self.channels),
-                  out=out.view(height, width, self.channels))  # fmt: skip
+        columns, half, _, *out = self.views
+        torch.mm(self.rows, x.reshape(self.half.shape), out=self.half)
+        torch.bmm(columns, half, out=out[place])
 
-    @torch.no_grad()
     def measure(self, x_NC: Tensor, y_NC: Tensor, references: References | None = None) -> None:
         """Add one pair. Both maps (N, C), any floating type, on this device."""
-        with torch.autocast(self.z.device.type, enabled=False):
-            x, y = self._prepared(x_NC), self._prepared(y_NC)
-            zx, zd = self.z
-            norms = torch.empty(3, zx.shape[0], device=zx.device)
-            # The difference first: transformed energies would cancel where the maps nearly agree.
-            d = x - y if self.complex else torch.sub(x, y, out=zd)
-            self.transform(x, zx)
-            self.transform(d, zd)
-            torch.linalg.vector_norm(zx, dim=1, out=norms[0])
-            torch.linalg.vector_norm(zd, dim=1, out=norms[2])
-            zy = torch.sub(zx, zd, out=zd)
-            torch.linalg.vector_norm(zy, dim=1, out=norms[1])
-            self.norms.append(norms)
-            if references is not None:
-                self._compare(references)
+        self.measure_pairs(x_NC[None], y_NC[None], references)
+
+    @torch.no_grad()
+    def measure_pairs(self, x_PNC: Tensor, y_PNC: Tensor, references: References | None = None) -> None:
+        """Add pairs in order. A call and a view cost as much as reading rows of a map, so the loop makes none."""
+        (zx, zd), (columns, half, d, zx_grid, zd_grid) = self.z.unbind(0), self.views
+        rows, flat = self.rows, self.half
+        mm, bmm, sub, norm = torch.mm, torch.bmm, torch.sub, torch.linalg.vector_norm
+        norms = torch.empty(len(x_PNC), 3, zx.shape[0], device=zx.device)
+        out = norms.flatten(0, 1).unbind(0)
+        with torch.autocast(zx.device.type, enabled=False):
+            for i, (x, y) in enumerate(zip(self._flat(x_PNC), self._flat(y_PNC), strict=True)):
+                # The difference first: transformed energies would cancel where the maps nearly agree.
+                if self.complex:
+                    self.transform(x, 0)
+                    self.transform(x - y, 1)
+                else:
+                    sub(x, y, out=d)
+                    mm(rows, x, out=flat)
+                    bmm(columns, half, out=zx_grid)
+                    mm(rows, d, out=flat)
+                    bmm(columns, half, out=zd_grid)
+                norm(zx, dim=1, out=out[3 * i])
+                norm(zd, dim=1, out=out[3 * i + 2])
+                norm(sub(zx, zd, out=zd), dim=1, out=out[3 * i + 1])
+                if references is not None:
+                    self._compare(references)
+        self.norms.append(norms)
+
+    def _flat(self, maps_PNC: Tensor) -> Iterable[Tensor]:
+        """Each map as (H, W C) float32, standardised and tapered; plain maps as views, others made one at a time."""
+        height, shape = self.bands.grid[0], maps_PNC.shape
+        plain = self.standardization == "none" and self.taper is None and maps_PNC.dtype == torch.float32
+        if plain and maps_PNC.stride()[1:] == (shape[2], 1):
+            return maps_PNC.view(shape[0], height, -1).unbind(0)
+        return (self._prepared(x_NC).view(height, -1) for x_NC in maps_PNC)
 
     def _compare(self, references: References) -> None:
         """Products of this pair's coefficients with the mean maps and with the chain's previous infrared map."""
@@ -133,18 +156,19 @@ class Spectrometer:
     def link(self, references: References) -> Tensor:
         """(N,) product of the first visible map with the last infrared map: the link that closes the chain."""
         assert references.first is not None
-        return (references.first * references.previous).sum(1)
+        return torch.bmm(references.first[:, None], references.previous[:, :, None])[:, 0, 0]
 
     def constants(self, references: References) -> np.ndarray:
         """(3, A) energies of both mean maps and their cross energy."""
-        x, y = references.stack[:2]
-        return self.bin(torch.stack([(x * x).sum(1), (y * y).sum(1), (x * y).sum(1)]))
+        both = references.stack[:2]
+        gram = torch.bmm(both.permute(1, 0, 2), both.permute(1, 2, 0)).flatten(1)  # (N, xx xy yx yy)
+        return self.bin(gram[:, [0, 3, 1]].T)
 
     @torch.no_grad()
     def coefficients(self, x_NC: Tensor) -> Tensor:
         """Coefficients of one map, in scratch that the next call overwrites."""
         with torch.autocast(self.z.device.type, enabled=False):
-            self.transform(self._prepared(x_NC), self.z[0])
+            self.transform(self._prepared(x_NC), 0)
         return self.z[0]
 
     def forget(self) -> None:
@@ -168,7 +192,7 @@ class Spectrometer:
         Returns: `energies` (P, A, 4): pa, pb, re, pd. With references also `products` (P, A, 6): the pair's x and y
             (outer) with mean x, mean y and previous y (inner).
         """
-        squares = self.bin(torch.stack(self.norms).double().square())
+        squares = self.bin(torch.cat(self.norms).double().square())
         pa, pb, pd = squares[:, 0], squares[:, 1], squares[:, 2]
         out = {"energies": np.stack([pa, pb, (pa + pb - pd) / 2, pd], axis=-1)}
         if self.products:
