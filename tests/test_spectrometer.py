@@ -131,6 +131,30 @@ def test_maps_that_are_views_of_channels_first_memory_count_the_same():
     assert torch.equal(views[0], maps((9, 16), 0))  # the caller's map is left alone
 
 
+@pytest.mark.parametrize("how", ["none", "released"])
+@pytest.mark.parametrize("window", ["none", "hann"])
+@pytest.mark.parametrize("layout", ["plain", "sliced", "channels first", "half"])
+def test_many_pairs_at_once_are_those_pairs_one_by_one(layout, window, how):
+    """A forward's maps come as slices behind prefix tokens, as views of channels-first memory, or in half precision."""
+    grid, bands = (9, 16), Bands.parse("octave:3", grid=(9, 16))
+    x, y = (torch.stack([maps(grid, i + base) for i in range(3)]) for base in (0, 10))
+    if layout == "sliced":
+        x, y = (torch.cat([torch.full((3, 5, 6), 9.0), z], dim=1)[:, 5:] for z in (x, y))
+    elif layout == "channels first":
+        x, y = (z.transpose(1, 2).contiguous().transpose(1, 2) for z in (x, y))
+    elif layout == "half":
+        x, y = x.bfloat16(), y.bfloat16()
+    together, alone = (Spectrometer(bands, 6, window, how) for _ in range(2))
+    first, second = (References(torch.ones(3, *together.z.shape[1:])) for _ in range(2))
+    together.measure_pairs(x, y, first)
+    for a, b in zip(x, y, strict=True):
+        alone.measure(a, b, second)
+    got, expected = together.collect(), alone.collect()
+    assert got["energies"].shape[0] == 3 and torch.equal(first.stack, second.stack)
+    for name in ("energies", "products"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-12)
+
+
 @pytest.mark.parametrize("text", ["octave:3", "released:0.5"])
 def test_scratch_may_be_shared(text):
     """Two meters in turn on one scratch give what each gives alone."""
