@@ -100,7 +100,7 @@ def find_taps(model: nn.Module, size: tuple[int, int], layers: str = "all") -> l
     stages = [_block_tap(i, names, size, outputs.get(name), intermediates[i], prefix)
               for i, name in enumerate(names)]  # fmt: skip
     taps = [stages[names.index(name)] if name in names else
-            _inner_tap(name, names, stages, order, size, outputs.get(name)) for name in wanted]  # fmt: skip
+            _inner_tap(name, names, stages, order, size, outputs.get(name), prefix) for name in wanted]  # fmt: skip
     _one_a_layer(taps)
     return sorted(taps, key=lambda tap: tap.layer)
 
@@ -148,7 +148,7 @@ def _block_tap(layer: int, names: list[str], size: tuple[int, int], output: Tens
 
 
 def _inner_tap(name: str, names: list[str], stages: list[Tap], order: list[str], size: tuple[int, int],
-               output: Tensor | None) -> Tap:  # fmt: skip
+               output: Tensor | None, prefix: int) -> Tap:  # fmt: skip
     """A module inside or between blocks: it belongs to the block around it, else to the next one."""
     layer = next((i for i, block in enumerate(names) if name.startswith(block + ".")), None)
     if layer is None:
@@ -158,15 +158,30 @@ def _inner_tap(name: str, names: list[str], stages: list[Tap], order: list[str],
     if output is None or output.ndim not in (3, 4) or not output.is_floating_point():
         raise NetworkError(f"{name} puts out no feature map (or never runs); expected (B, tokens, C) or (B, C, H, W).")
     if output.ndim == 3:
-        prefix = output.shape[1] - stage.grid[0] * stage.grid[1]
-        if prefix < 0:
-            raise NetworkError(f"{name} puts out {output.shape[1]} tokens; expected the "
-                               f"{stage.grid[0]}x{stage.grid[1]} grid of {stage.tap}, with or without prefix tokens.")  # fmt: skip
-        return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[2], "tokens", prefix)
-    if tuple(output.shape[1:3]) == stage.grid and output.shape[3] not in stage.grid:
+        drop = output.shape[1] - stage.grid[0] * stage.grid[1]
+        # One image went in: a larger batch holds windows, other numbers of tokens another grid.
+        if len(output) != 1 or drop not in (0, prefix):
+            raise NetworkError(f"{name} puts out {len(output)} x {output.shape[1]} tokens an image; expected the "
+                               f"{stage.grid[0]}x{stage.grid[1]} grid of {stage.tap}, with or without "
+                               f"{prefix} prefix tokens.")  # fmt: skip
+        return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[2], "tokens", drop)
+    if len(output) == 1 and tuple(output.shape[1:3]) == stage.grid and output.shape[3] not in stage.grid:
         return Tap(layer, name, stage.depth, stage.grid, stage.stride, output.shape[3], "nhwc")
     grid = (int(output.shape[2]), int(output.shape[3]))
+    if len(output) != 1 or not _covers(size, grid):
+        raise NetworkError(f"{name} puts out no feature map of the image: {_shape(output)} from one "
+                           f"{size[0]}x{size[1]} input; expected (B, C, H, W).")  # fmt: skip
     return Tap(layer, name, stage.depth, grid, _stride(size, grid), output.shape[1], "nchw")
+
+
+def _covers(size: tuple[int, int], grid: tuple[int, int]) -> bool:
+    """Whether one stride, rounded up or down, explains both sides: heads x tokens x width is no image."""
+    return any(all(n in (side // step, -(-side // step)) for side, n in zip(size, grid, strict=True))
+               for step in range(1, min(size) + 1))  # fmt: skip
+
+
+def _shape(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))
 
 
 def _stride(size: tuple[int, int], grid: tuple[int, int]) -> int:
@@ -207,7 +222,8 @@ class Capture:
         self.model, self.taps, self.sink, self.norm = model, list(taps), sink, None
         if norm:
             self.norm = getattr(model, "norm", None)
-            if not isinstance(self.norm, nn.Module) or any(tap.how != "tokens" for tap in taps):
+            none = not isinstance(self.norm, nn.Module) or isinstance(self.norm, nn.Identity)
+            if none or any(tap.how != "tokens" for tap in taps):
                 raise NetworkError(f"{type(model).__name__} has no final norm for its intermediates; drop --norm.")
         self.last = max(tap.layer for tap in taps)
 
