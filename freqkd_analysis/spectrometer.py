@@ -21,6 +21,9 @@ from freqkd_analysis.bands import Bands, fine_rings
 from freqkd_analysis.errors import BandsError
 from freqkd_analysis.spectral import complex_maps, hann, real_basis, real_numbers, standardize
 
+PENDING = 2**13
+"""Values per mode that wait for binning, a tap, before they are binned early."""
+
 
 def atom_index(bands: Bands, window: str = "none") -> np.ndarray:
     """(H, W) atom of each coefficient of the real transform; its (k, l)-th coefficient has |u| = numbers(k) / H."""
@@ -75,8 +78,7 @@ class Spectrometer:
         self.complex = not bands.mirrored
         if bands.edges2 is None and window == "dct":
             raise BandsError(f'bands "{bands.text}" are defined on Fourier modes; expected rings with --window dct.')
-        self.norms: list[Tensor] = []
-        self.products: list[Tensor] = []
+        self.forget()
         if like is not None:  # same grid and channels: one scratch for all
             for name in ("rows", "columns", "taper", "atoms", "select", "modes", "z", "half", "views"):
                 setattr(self, name, getattr(like, name))
@@ -135,7 +137,9 @@ class Spectrometer:
                 norm(sub(zx, zd, out=zd), dim=1, out=out[3 * i + 1])
                 if references is not None:
                     self._compare(references)
-        self.norms.append(norms)
+            self.norms.append(norms)
+            if sum(part.numel() for part in self.norms) > PENDING:
+                self._settle()
 
     def _flat(self, maps_PNC: Tensor) -> Iterable[Tensor]:
         """Each map as (H, W C) float32, standardised and tapered; plain maps as views, others made one at a time."""
@@ -173,7 +177,9 @@ class Spectrometer:
 
     def forget(self) -> None:
         """Drop pairs not yet collected."""
-        self.norms, self.products = [], []
+        self.norms: list[Tensor] = []
+        self.products: list[Tensor] = []
+        self.binned: list[tuple[Tensor, ...]] = []
 
     def _prepared(self, x_NC: Tensor) -> Tensor:
         if self.standardization != "none":
@@ -192,14 +198,25 @@ class Spectrometer:
         Returns: `energies` (P, A, 4): pa, pb, re, pd. With references also `products` (P, A, 6): the pair's x and y
             (outer) with mean x, mean y and previous y (inner).
         """
-        squares = self.bin(torch.cat(self.norms).double().square())
+        self._settle()
+        squares, *products = (torch.cat(parts).cpu().numpy() for parts in zip(*self.binned, strict=True))
         pa, pb, pd = squares[:, 0], squares[:, 1], squares[:, 2]
         out = {"energies": np.stack([pa, pb, (pa + pb - pd) / 2, pd], axis=-1)}
-        if self.products:
-            stacked = torch.stack(self.products).flatten(2).transpose(1, 2)  # (P, 6, N)
-            out["products"] = self.bin(stacked).transpose(0, 2, 1)
+        if products:
+            out["products"] = products[0]
         self.forget()
         return out
+
+    def _settle(self) -> None:
+        """Bin what waits. Late is cheaper, but values per mode of a whole block would outgrow the scratch."""
+        if not self.norms:
+            return
+        binned = [torch.cat(self.norms).double().square() @ self.select]
+        if self.products:
+            flat = torch.stack(self.products, dim=1).flatten(1).double()  # (N, P 6): one product without transposing
+            binned.append((self.select.T @ flat).view(self.atoms, len(self.products), -1).transpose(0, 1))
+        self.binned.append(tuple(binned))
+        self.norms, self.products = [], []
 
 
 def shuffled(energies: np.ndarray, cross: np.ndarray, partner: list[int]) -> np.ndarray:
