@@ -80,7 +80,7 @@ def test_the_score_holds_when_measured_again_on_a_few_images() -> None:
     sets = ("pairs=12,groups=12,size=256x256,seed=41", "pairs=8,groups=8,size=256x256,seed=42")
     own, twin = demo.probe(demo.create(), *sets), demo.probe(demo.twin(), *sets)
     assert own["miou"] > twin["miou"] + 0.05
-    assert own["miou"] > 0.35
+    assert own["miou"] > 0.4
 
 
 def test_iou_against_sets() -> None:
