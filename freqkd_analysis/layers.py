@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 
 
 def device_of(name: str) -> str:
+    """The PyTorch device of `--device`: `auto`, `cpu`, `cuda` or `cuda:N`. Raises FreqkdError when it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.split(":")[0]

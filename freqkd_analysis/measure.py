@@ -98,6 +98,8 @@ class Bench:
 
 @dataclass
 class Loaded:
+    """A pair ready for the network: its visible and infrared frame, (3, h, w) float32 in [0, 1]."""
+
     record: PairRecord
     rgb: Tensor
     ir: Tensor
@@ -122,6 +124,7 @@ def load(bench: Bench, records: Iterable[PairRecord], shard: Shard) -> Iterator[
 
 
 def batches(items: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
+    """Items in lists of `size`, the last one shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -87,6 +87,7 @@ def create(name: str = "auto", weights: str = "auto", size: tuple[int, int] | No
 
 
 def demo_notice() -> str:
+    """What to tell whoever reads results of the demo network."""
     return "demo network: a small ViT trained on this project's synthetic scenes; it shows the tool, not the world"
 
 

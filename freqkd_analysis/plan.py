@@ -72,6 +72,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
+    """The work of a run: sampled pairs, pairs of the controls, blocks in order, and notes for the user."""
+
     settings: Settings
     records: tuple[PairRecord, ...]
     control: tuple[PairRecord, ...]

@@ -45,10 +45,12 @@ class Shard:
 
 
 def path_of(run: Path, block: str) -> Path:
+    """Where the shard of a block lies in a run folder."""
     return run / FOLDER / f"{block}.npz"
 
 
 def save(run: Path, block: str, shard: Shard) -> None:
+    """Write a block's shard whole or not at all."""
     arrays = {f"energies/{condition}/{layer}": value for (condition, layer), value in shard.energies.items()}
     arrays |= {f"sums/{name}": value for name, value in shard.sums.items()}
     header = json.dumps({"pairs": shard.pairs, "skipped": shard.skipped, "notes": shard.notes}, sort_keys=True)
@@ -60,6 +62,7 @@ def save(run: Path, block: str, shard: Shard) -> None:
 
 
 def load(run: Path, block: str) -> Shard:
+    """Read a block's shard. Raises RunError when it is missing or damaged."""
     path = path_of(run, block)
     try:
         with np.load(path, allow_pickle=False) as stored:

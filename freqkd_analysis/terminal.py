@@ -18,6 +18,7 @@ PLAIN_SECONDS = 10.0
 
 
 def say(text: str) -> None:
+    """Talk to the user on stderr; stdout is for data."""
     print(text, file=sys.stderr, flush=True)
 
 
