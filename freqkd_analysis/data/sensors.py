@@ -150,8 +150,8 @@ def shadows(view: View, world: World) -> np.ndarray:
     from scipy import ndimage
 
     w = world.weather
-    shade = np.zeros(view.texture.shape, np.float32)
-    low = int(np.clip(view.horizon + view.pad + 2, 0, shade.shape[0] - 1))
+    shade: np.ndarray = np.zeros(view.texture.shape, np.float32)
+    low = int(np.clip(view.horizon + view.pad + 2, 0, len(shade) - 1))
     x, z = view.x[low:], view.flat[low:]
     reach = float(1 / np.tan(w.elevation))
     dx, dz = -float(np.sin(w.azimuth)) * reach, -float(np.cos(w.azimuth)) * reach
