@@ -265,7 +265,7 @@ class _Layer:
         for k, column in enumerate(columns):
             flat[k, cell] = column
         dense = flat.reshape(len(columns), n, a)
-        if not (dense[4][~pixels] == self.atoms.modes).all():
+        if not (dense[4][~pixels].sum(axis=1) == self.positions).all():
             raise RunError(f"layer {self.number}: rows are missing or count other modes than the grid has; {_OTHER}")
         whole = dense[:2].sum(axis=2)[:, :, None]
         pa, pb, re, pd, modes = dense @ self.matrix
@@ -360,6 +360,24 @@ def joined(a: Cube, b: Cube) -> Cube:
     """One cube with the conditions of both; same layers, bands and measures."""
     assert (a.layers, a.bands, a.measures) == (b.layers, b.bands, b.measures)
     return Cube(a.layers, a.bands, a.measures, a.pairs | b.pairs, a.groups | b.groups, a.values | b.values)
+
+
+def stacked(pieces: Sequence[Cube]) -> Cube:
+    """Pieces of one table (each with other pairs of a condition, or other conditions) as one cube, pairs sorted."""
+    first = pieces[0]
+    assert all((p.layers, p.bands, p.measures) == (first.layers, first.bands, first.measures) for p in pieces)
+    result = Cube(first.layers, first.bands, first.measures, {}, {}, {})
+    for name in sorted({name for piece in pieces for name in piece.values}, key=_condition_key):
+        having = [piece for piece in pieces if name in piece.values]
+        pairs = [pair for piece in having for pair in piece.pairs[name]]
+        groups = [group for piece in having for group in piece.groups[name]]
+        if len(set(pairs)) < len(pairs):
+            raise RunError(f"spectra.parquet holds a pair of {name} twice; run `freqkd-analyze layers` again.")
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        result.pairs[name] = tuple(pairs[i] for i in order)
+        result.groups[name] = tuple(groups[i] for i in order)
+        result.values[name] = np.concatenate([piece.values[name] for piece in having])[order]
+    return result
 
 
 def cube(table: pd.DataFrame) -> Cube:

@@ -7,7 +7,7 @@ temporary name beside the target and is renamed, so that a table on disk is alwa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +135,40 @@ def read(path: Path) -> pd.DataFrame:
         raise RunError(f"{path} cannot be read as a table ({type(error).__name__}); make it again.") from error
     check(table, columns, path.name)
     return table
+
+
+def parts(path: Path, columns: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
+    """A Parquet table of `TABLES` in pieces, one row group each, so that memory does not grow with its length."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    expected = TABLES[path.name]
+    if not path.is_file():
+        read(path)  # says what is missing
+    try:
+        with pq.ParquetFile(path) as file:
+            check(pd.DataFrame(columns=file.schema_arrow.names), expected, path.name)
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number, columns=columns).to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read as a table ({type(error).__name__}); make it again.") from error
+
+
+@contextmanager
+def writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """Write one of the Parquet `TABLES` piece by piece; it appears whole when the block ends well, else not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = TABLES[path.name]
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, arrow(columns), compression="zstd") as file:
+
+        def write_part(table: pd.DataFrame) -> None:
+            check(table, columns, path.name)
+            file.write_table(pa.Table.from_pandas(table, preserve_index=False).cast(arrow(columns)))
+
+        yield write_part
 
 
 def arrow(columns: dict[str, str]) -> pa.Schema:

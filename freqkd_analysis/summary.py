@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from freqkd_analysis import calibration, schema, statistics
 from freqkd_analysis.band_weights import band_weights
 from freqkd_analysis.calibration import Answer, with_all
-from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, joined, map_free
+from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, joined, map_free, stacked
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.statistics import Array, Interval
 
@@ -59,11 +59,9 @@ def summarize(
     text, taps = bands or own, manifest["taps"]
     target = out or target_folder(run, text)
     names = chosen({*_measures(measures, manifest), calibration.PRIMARY, "energy_rgb", "energy_ir", "modes"})
-    spectra = schema.read(run / "spectra.parquet")
-    table = band_table(spectra, taps, text, names, own)
-    values, beside = cube(table), map_free(spectra)
+    values = stacked([cube(table) for table in _banded(run, taps, text, names, own)])
+    beside = map_free(_controls(run))
     full = joined(values, cube(band_table(beside, taps, text, names, own))) if len(beside) else values
-    del spectra, beside  # the large ones; what follows starts from arrays
     registration = manifest.get("data", {}).get("registration_px")
     moved = calibration.floor_pixels(floor, list(values.values), registration)  # fails before anything is written
     floor = floor if moved is None else f"shifted:{moved:g}"
@@ -77,13 +75,35 @@ def summarize(
     if target != run:
         derived = manifest | {"config": manifest["config"] | {"bands": text}, "derived_from": run.name}
         schema.write_text(target / "manifest.json", _json(derived))
-    schema.write(table, target / "divergence.parquet")
+    with schema.writer(target / "divergence.parquet") as write:
+        for table in _banded(run, taps, text, names, own):  # again rather than held: long tables are the large ones
+            write(table)
     schema.write(_summary(values, draws, seed), target / "summary.csv")
     schema.write(_ratio(values, answers), target / "ratio.csv")
     schema.write_text(target / "convergence.csv", _convergence(values, draws, seed).to_csv(index=False))
     schema.write_text(target / "band_weights.json", _json(weights))
     schema.write_text(target / "verdict.json", _json(verdict))
     return verdict
+
+
+def _banded(run: Path, taps: Any, text: str, names: Sequence[str], own: str) -> Iterator[pd.DataFrame]:
+    """The divergence table in pieces, one a stored block of pairs."""
+    for part in schema.parts(run / "spectra.parquet"):
+        yield band_table(part, taps, text, names, own)
+
+
+def _controls(run: Path) -> pd.DataFrame:
+    """The spectra that `map_free` needs: shifts and noise, and `mean_removed` of the same pairs."""
+    import pandas as pd
+
+    path, found = run / "spectra.parquet", []
+    for part in schema.parts(path):
+        found.append(part[part["condition"].str.startswith("shifted:") | (part["condition"] == "noise")])
+    controls = pd.concat(found, ignore_index=True)
+    pairs = set(controls["pair"])
+    for part in schema.parts(path) if pairs else ():
+        found.append(part[(part["condition"] == "mean_removed") & part["pair"].isin(pairs)])
+    return pd.concat(found, ignore_index=True)
 
 
 def target_folder(run: Path, bands: str | None) -> Path:
