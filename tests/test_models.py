@@ -200,6 +200,13 @@ def test_a_vit_of_another_width_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_what_timm_cannot_fit_to_the_grid_is_named_too(tmp_path):
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=12).state_dict()
+    save_file(state | {"pos_embed": torch.zeros(1, 12, 192)}, tmp_path / "odd.safetensors")
+    with pytest.raises(NetworkError, match=r"does not fit vit_tiny_patch16_224: 1 of another shape \(pos_embed\)"):
+        models.create("vit_tiny_patch16_224", str(tmp_path / "odd.safetensors"), (64, 96))
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_position_embeddings_are_resampled_to_the_input(tmp_path, suffix):
     torch.manual_seed(0)
