@@ -19,6 +19,9 @@ import stand  # noqa: E402
 
 sys.path.remove(_FOLDER)
 
+from freqkd_analysis import spectrometer  # noqa: E402
+from freqkd_analysis.spectrometer import Spectrometer  # noqa: E402
+
 TINY = stand.Case("vit_tiny_patch16_224", (48, 64), "fp32", 2, 1.02, stand.FEATURE, "0,11")
 
 
@@ -31,6 +34,31 @@ def network():
 def test_the_main_block_agrees_with_complex_float64_transforms(network, dtype):
     with stand.stand(TINY._replace(dtype=dtype), network, 4) as made:
         assert stand.agreement(made) < stand.FEATURE_TOLERANCE
+
+
+def test_binning_early_leaves_the_numbers(network, monkeypatch):
+    """Large grids bin what waits before a block is over; here every forward does."""
+    with stand.stand(TINY, network, 6) as made:
+        late = made.run()
+        real, calls = Spectrometer._settle, []
+        monkeypatch.setattr(spectrometer, "PENDING", 0)
+        monkeypatch.setattr(Spectrometer, "_settle", lambda meter: (calls.append(len(meter.norms)), real(meter)))
+        early = made.run()
+    assert calls == [1, 1, 1, 1, 1, 1, 0, 0]  # 3 forwards of 2 taps, then nothing left for collect
+    for key, energies in late.energies.items():
+        np.testing.assert_allclose(early.energies[key], energies, rtol=1e-12, atol=1e-12 * energies.max())
+
+
+@pytest.mark.parametrize(("count", "inside"), [(1, 1), (2, 1), (6, 6)])
+def test_taps_use_one_thread_where_there_are_few(network, monkeypatch, count, inside):
+    seen = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (seen.append(torch.get_num_threads()), real(*a, **k))[1])
+    with analysis.threads(count):
+        meter = Spectrometer(analysis.Bands.parse("octave:3", (4, 4)), 3)
+        meter.measure(torch.ones(16, 3), torch.zeros(16, 3))
+        assert torch.get_num_threads() == count
+    assert set(seen) == {inside}
 
 
 def test_agreement_looks_at_every_feature_condition(network, monkeypatch):
