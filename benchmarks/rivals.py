@@ -263,8 +263,8 @@ def whole_run(model: nn.Module, visible: Tensor, infrared: Tensor, names: list[s
     x, y = kept[0][: len(visible)], kept[0][len(visible) :]
     # torch_cka's examples are images, ckatorch's the tokens of each image.
     known = {"torch_cka": cka(x.flatten(1)[None], y.flatten(1)[None]), "ckatorch": cka(x, y)}
-    rows: list[Row] = [{"row": "whole run: freqkd", "note": "pa, pb, re, pd a band; from its share row", "median": 1 + share,
-                        "verdict": "measured"}]  # fmt: skip
+    own = "pa, pb, re, pd a band; from its share row"
+    rows: list[Row] = [{"row": "whole run: freqkd", "note": own, "median": 1 + share, "verdict": "measured"}]
     ready: dict[str, Callable[[], Any]] = {"bare": bare}
     for tool, build in (("torch_cka", torch_cka), ("ckatorch", ckatorch)):
         row: Row = {"row": f"whole run: {tool}", "note": "one CKA a layer pair, no bands", "tool": tool}
