@@ -99,9 +99,10 @@ class Bands:
         Args:
             text: `octave:K` (edges 1/4, 1/8, ...), `linear:K` (equal widths up to 1/2, corners in the last),
                 `equal-modes:K`, inner edges such as `0.1,0.25` (cycles per token) or `0.01,0.02/px` (cycles per
-                input pixel, needs `stride`), `split:C` (one ring edge at C of Nyquist), `paper` (disc and ring of
-                the FreqKD paper's analysis, the middle in neither), `released:C` (the half-open rectangle of its
-                released loss; not conjugate-symmetric, so that boundary modes keep half their amplitude in both).
+                input pixel, needs `stride`; a band above the corner has no mode), `split:C` (one ring edge at C of
+                Nyquist), `paper` (disc and ring of the FreqKD paper's analysis, the middle in neither), `released:C`
+                (the half-open rectangle of its released loss; not conjugate-symmetric, so that boundary modes keep
+                half their amplitude in both).
             grid: rows and columns of tokens.
             stride: input pixels per token.
         Raises: BandsError (a ValueError) with the numbers that do not fit.
@@ -164,7 +165,7 @@ def _parse(text: str, grid: tuple[int, int], stride: int | None) -> Bands:
 def _from_edges(text: str, grid: tuple[int, int], stride: int | None, edges2: tuple[Fraction, ...]) -> Bands:
     index = rings(grid, edges2)
     count = len(edges2) + 1
-    edges = np.sqrt(np.array([float(e) for e in edges2]))
+    edges = np.minimum(np.sqrt(np.array([float(e) for e in edges2])), CORNER)
     weights = (index == np.arange(count)[:, None, None]).astype(np.float64)
     lows, highs = np.concatenate([[0.0], edges]), np.concatenate([edges, [CORNER]])
     return Bands(text, grid, stride, _names(count), lows, highs, index, weights, edges2)
@@ -233,7 +234,8 @@ def _explicit(text: str, stride: int | None) -> tuple[Fraction, ...]:
     edges = [_number(part) * ((stride or 1) if per_pixel else 1) for part in listed.split(",")]
     if any(b <= a for a, b in pairwise(edges)):
         raise BandsError(f'expected increasing band edges, got "{text}".')
-    inner = [edge for edge in edges if edge > 0 and edge**2 < _CORNER2]
+    # Cycles per pixel above a layer's corner stay: its bands keep their names and hold no mode.
+    inner = [edge for edge in edges if edge > 0 and (per_pixel or edge**2 < _CORNER2)]
     if not inner:
         raise BandsError(f'expected an edge between 0 and {CORNER:.4f} cycles per token, got "{text}".')
     return tuple(edge**2 for edge in inner)
@@ -284,7 +286,7 @@ _SHAPES: dict[str, Callable[[str, str, tuple[int, int], int | None], Bands]] = {
 def fine_edges2(bands: Bands) -> tuple[Fraction, ...]:
     """Squared edges of the atoms: multiples of 1/64 and, for rings, the bands' own. DC is cut off separately."""
     fine = {Fraction(k, FINE) ** 2 for k in range(1, FINE) if Fraction(k, FINE) ** 2 < _CORNER2}
-    return tuple(sorted(fine | set(bands.edges2 or ())))
+    return tuple(sorted(fine | {edge for edge in bands.edges2 or () if edge < _CORNER2}))
 
 
 @lru_cache(maxsize=256)

@@ -251,7 +251,7 @@ def compare(
     Example: freqkd-analyze compare runs/trained runs/random
     """
     from freqkd_analysis import terminal
-    from freqkd_analysis.summary import compare as difference
+    from freqkd_analysis.comparison import compare as difference
 
     table = difference(run_a, run_b)
     chosen = table[(table["measure"] == measure) & (table["condition"] == condition)]

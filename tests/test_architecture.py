@@ -19,7 +19,7 @@ ROWS = """
     calibration  spectrometer  shards  plan  data.scenes
     band_weights  demo  data.writers
     summary  models  data.synthetic
-    data.layouts
+    data.layouts  comparison
     data.verify  measure
     plots  methods_text  console
     figures  terminal

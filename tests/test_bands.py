@@ -169,6 +169,21 @@ def test_edges_per_pixel_are_edges_per_token_over_stride():
     assert Bands.parse("1/112/px", grid=(1, 8), stride=14).index[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1]  # 1/8 exact
 
 
+@pytest.mark.parametrize("stride, modes", [(4, [69, 180, 756, 11539]), (32, [69, 122, 5, 0]), (64, [49, 0, 0, 0])])
+def test_edges_per_pixel_name_the_same_frequencies_at_every_stride(stride, modes):
+    """Above a coarse layer's corner a band stays, without a mode: `high` is never another layer's `mid`."""
+    bands = Bands.parse("0.01,0.02,0.04/px", grid=(448 // stride, 448 // stride), stride=stride)
+    assert bands.names == ("low", "b1", "b2", "high") and bands.modes.tolist() == modes
+    assert (bands.f_lo <= bands.f_hi).all() and bands.f_hi.max() == CORNER
+    atoms = bands.atoms()
+    np.testing.assert_array_equal(atoms.modes @ atoms.to_bands, modes)
+    assert (np.diff(atoms.f_lo) >= 0).all() and (atoms.f_lo <= atoms.f_hi).all()
+    pixels = fine_rings(bands, (448, 448), stride)
+    known = atoms.to_bands[pixels[pixels >= 0]].sum(0)
+    assert pixels.max() < len(atoms) and (known[np.array(modes) == 0] == 0).all()
+    assert ((pixels >= 0) == (stride * frequency((448, 448)) < CORNER - 1e-12)).all()
+
+
 EMPTY = [
     ("octave:6", (4, 4), [1, 0, 0, 0, 0, 15]),
     ("0.01,0.02", (8, 8), [1, 0, 63]),

@@ -11,7 +11,7 @@ import pytest
 import spectra_run
 from spectra_run import KNOWN
 
-from freqkd_analysis import runfolder, schema, summary
+from freqkd_analysis import comparison, runfolder, schema, summary
 from freqkd_analysis.errors import BandsError, FreqkdError, RunError
 
 WRITTEN = (
@@ -232,8 +232,8 @@ def test_convergence_holds_both_ends_and_the_ratio(run):
 def test_runs_over_the_same_pairs_are_compared_by_pair(run, tmp_path):
     other = spectra_run.write_run(tmp_path / "other", {**KNOWN, "paired": (0.8, 0.3)}, spread=0.01)
     summary.summarize(other, draws=100)
-    table = summary.compare(other, run)
-    assert tuple(table.columns) == summary.COMPARISON and set(table["how"]) == {"paired"}
+    table = comparison.compare(other, run)
+    assert tuple(table.columns) == comparison.COMPARISON and set(table["how"]) == {"paired"}
     at = {"condition": "paired", "layer": "all", "measure": "cosine"}
     assert cell(table, "difference", band="high", **at) == pytest.approx(0.1, abs=0.01)
     # The same seeds made both: what differs is the coherence alone, and pairing sees that.
@@ -248,7 +248,7 @@ def test_runs_over_other_pairs_are_compared_unpaired(run, tmp_path):
     table = schema.read(other / "spectra.parquet")
     schema.write(table.assign(pair="x" + table["pair"]), other / "spectra.parquet")
     summary.summarize(other, draws=100)
-    got = summary.compare(run, other)
+    got = comparison.compare(run, other)
     assert set(got["how"]) == {"unpaired"}
     row = got.query("condition == 'paired' and layer == 'all' and measure == 'cosine' and band == 'high'").iloc[0]
     assert row["ci_low"] < row["difference"] < row["ci_high"] and row["ci_low"] < 0 < row["ci_high"]
@@ -258,4 +258,4 @@ def test_runs_with_other_bands_are_not_compared(run, tmp_path):
     other = spectra_run.write_run(tmp_path / "other", KNOWN, pairs=12, text="0.25")
     summary.summarize(other, draws=50)
     with pytest.raises(RunError, match=r'same bands, got "octave:3" and "0.25"; run `freqkd-analyze summarize'):
-        summary.compare(run, other)
+        comparison.compare(run, other)
