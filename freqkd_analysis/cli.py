@@ -70,6 +70,8 @@ def layers(
     conditions: Annotated[
         str, _option(panel=_CONTROLS, metavar="LIST|none|all", help="Controls beside `paired`.")
     ] = "all",
+    cka: Annotated[bool, _option(panel=_SPECTRA, help="Debiased CKA over the control pairs, a band.")] = False,
+    mmd: Annotated[bool, _option(panel=_SPECTRA, help="Squared MMD over the control pairs, a band.")] = False,
     control_pairs: Annotated[
         int, _option(panel=_CONTROLS, min=2, help="Pairs of the image controls and mean maps.")
     ] = 100,

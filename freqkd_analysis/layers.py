@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from freqkd_analysis import conditions, measure, models, plan, provenance, schema, shards
+from freqkd_analysis import conditions, measure, models, plan, provenance, schema, shards, similarity
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import CheckFailed, DataError, FreqkdError, RunError, nearest
 from freqkd_analysis.features import find_taps
@@ -169,6 +169,12 @@ def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[
     gathered = shards.gather(run, [block.name for block in job.plan.blocks])
     if control:
         schema.write(shards.coherence(run, control, bench.taps, bench.bands), run / "coherence.parquet")
+    wanted = [name for name in ("cka", "mmd") if getattr(job.settings, name)]
+    if wanted:
+        described, groups = shards.descriptors(run, control, bench.taps)
+        names_of = {layer: bands.names for layer, bands in bench.bands.items()}
+        rows = similarity.table(described, groups, names_of, wanted, job.settings.seed)
+        schema.write(rows, run / "similarity.csv")
     how = {"device": bench.device, "workers": machine.workers, "batch_size": machine.batch_size or "auto"}
     config = asdict(job.settings) | how | {"ir_conversion": bench.conversion}
     used = [record for record in job.plan.records if record.id not in {skip["id"] for skip in gathered["skipped"]}]

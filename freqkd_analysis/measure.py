@@ -278,6 +278,7 @@ class _Extras:
         self.compared: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
         self.single: dict[tuple[str, int], list[np.ndarray]] = {}
         self.tokens: dict[tuple[int, str], list[list[float]]] = {}
+        self.described: dict[int, list[np.ndarray]] = {}
         self.shifts: list[tuple[float, float, float]] = []
 
     def sink(self, pair_at: tuple[int, int], places: list[tuple[int, int]]) -> Callable[[Tap, Tensor], None]:
@@ -288,6 +289,9 @@ class _Extras:
             if places:
                 self.compared[tap.layer].append(meter.collect()["energies"])
             self._coherence(tap, maps[rgb], maps[ir])
+            if self.bench.plan.settings.cka or self.bench.plan.settings.mmd:
+                amplitudes = [meter.band_amplitudes(maps[place]) for place in pair_at]
+                self.described.setdefault(tap.layer, []).append(np.stack(amplitudes))
             if self.bench.plan.wants("without_artefacts"):
                 self._artefacts(tap, maps[[rgb, ir]])
 
@@ -348,6 +352,9 @@ class _Extras:
             self.shard.pairs[condition] = pairs
         for (layer, modality), token_rows in self.tokens.items():
             self.shard.sums[f"tokens/{layer}/{modality}"] = np.array(token_rows)
+        for layer, described in self.described.items():
+            self.shard.sums[f"descriptors/{layer}"] = np.stack(described)
+        self.shard.notes["groups"] = [group for _, group in pairs]
         self.shard.sums["shift"] = np.array(self.shifts)
         self.shard.notes["count"] = len(pairs)
 

@@ -42,6 +42,8 @@ class Settings:
     dtype: str = "fp32"
     max_bad: int = 10
     preset: str = ""
+    cka: bool = False
+    mmd: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def make(records: Sequence[PairRecord], settings: Settings) -> Plan:
         for part in _cut(_spread(fold, settings.seed), MAIN_BLOCK):
             blocks.append(Block("main", sum(b.kind == "main" for b in blocks), fold_number, part))
     control: tuple[PairRecord, ...] = ()
-    if set(settings.conditions) & {*IMAGE_CONDITIONS, *OTHER_CONDITIONS}:
+    if settings.cka or settings.mmd or set(settings.conditions) & {*IMAGE_CONDITIONS, *OTHER_CONDITIONS}:
         control = tuple(sampling.stratified(chosen, settings.control_pairs, settings.seed + 1))
         for number, part in enumerate(_cut(control, CONTROL_BLOCK)):
             blocks.append(Block("control", number, 0, part))

@@ -55,12 +55,18 @@ RATIO = {
 }  # fmt: skip
 """`layer` is a number or `all`. `shift_*_px` holds a number such as `3.1`, `> 8`, or is empty."""
 
+SIMILARITY = {
+    "layer": _INT, "band": _TEXT, "measure": _TEXT, "value": _REAL, "null": _REAL, "adjusted": _REAL, "n": _INT,
+}  # fmt: skip
+"""Optional CKA and MMD over images, each beside its null."""
+
 TABLES = {
     "spectra.parquet": SPECTRA,
     "coherence.parquet": COHERENCE,
     "divergence.parquet": DIVERGENCE,
     "summary.csv": SUMMARY,
     "ratio.csv": RATIO,
+    "similarity.csv": SIMILARITY,
 }
 
 

@@ -186,6 +186,13 @@ def gather(run: Path, blocks: Sequence[str]) -> dict[str, Any]:
             "artefacts": artefacts, "registration": registration}  # fmt: skip
 
 
+def descriptors(run: Path, blocks: Sequence[str], taps: Sequence[Tap]) -> tuple[dict[int, np.ndarray], list[str]]:
+    """Band amplitudes of the control pairs a layer, (n, 2, K, C), and the pairs' groups."""
+    loaded = [shard for block in blocks if (shard := load(run, block)).notes["count"]]
+    groups = [group for shard in loaded for group in shard.notes["groups"]]
+    return {tap.layer: np.concatenate([s.sums[f"descriptors/{tap.layer}"] for s in loaded]) for tap in taps}, groups
+
+
 def coherence(run: Path, blocks: Sequence[str], taps: Sequence[Tap], bands: Mapping[int, Bands]) -> pd.DataFrame:
     """coherence.parquet: squared coherence over the control pairs, debiased, a ring.
 

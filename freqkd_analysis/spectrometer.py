@@ -194,6 +194,14 @@ class Spectrometer:
             self.transform(self._prepared(x_NC), 0)
         return self.z[0]
 
+    def band_amplitudes(self, x_NC: Tensor) -> np.ndarray:
+        """(K, C) square root of one map's energy in each band, a channel."""
+        squares = self.coefficients(x_NC).square()
+        if self.complex:
+            squares = squares[:, : self.channels] + squares[:, self.channels :]
+        to_bands = torch.as_tensor(self.bands.atoms().to_bands, dtype=torch.float32, device=squares.device)
+        return ((self.select.float() @ to_bands).T @ squares).sqrt().cpu().numpy()
+
     def forget(self) -> None:
         """Drop pairs not yet collected."""
         self.norms: list[Tensor] = []

@@ -17,7 +17,7 @@ ROWS = """
     bands  statistics  data.records  data.decode  data.world  data.textures  data.painter
     spectral  divergence  features  conditions  data.listing  data.things  data.sensors
     calibration  spectrometer  shards  plan  data.scenes
-    band_weights  demo  data.writers
+    band_weights  demo  data.writers  similarity
     summary  models  data.synthetic
     data.layouts  comparison
     data.verify  measure

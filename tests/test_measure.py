@@ -285,3 +285,18 @@ def test_unknown_layers_and_presets_say_what_is_near(scenes):
         layers.prepare(settings(scenes, layers="12"), Machine("cpu", 4, 1), quiet)
     with pytest.raises(FreqkdError, match='no layer matches "block.*"'):
         layers.prepare(settings(scenes, layers="block.*"), Machine("cpu", 4, 1), quiet)
+
+
+def test_cka_and_mmd_over_the_control_pairs(scenes, tmp_path, job):
+    """Descriptors are band amplitudes a channel: CKA by hand from the same features."""
+    made = run(settings(scenes, cka=True, mmd=True, conditions=("paired",), layers="5"), tmp_path / "run")
+    table = schema.read(made / "similarity.csv")
+    assert table["measure"].tolist() == ["cka", "mmd"] * 3 and set(table["n"]) == {6}
+    rows = []
+    for record in job.plan.control:
+        pair = [np.fft.fft2(maps, norm="ortho") for maps in features(job, record, 5)]
+        radius = np.hypot(np.fft.fftfreq(4)[:, None], np.fft.fftfreq(6))
+        rows.append([np.sqrt((np.abs(z[:, radius >= 0.25]) ** 2).sum(1)) for z in pair])
+    x, y = np.swapaxes(rows, 0, 1)
+    got = table[(table["band"] == "high") & (table["measure"] == "cka")]["value"].item()
+    assert got == pytest.approx(layers.similarity.debiased_cka(x, y), abs=1e-4)
