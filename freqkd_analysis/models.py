@@ -237,7 +237,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def _by_order(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
     """The package names layers in its own way but keeps timm's order and shapes; classifier last."""
     own = model.state_dict()
-    theirs = [value for key, value in state.items() if not key.startswith(("classifier", "fc"))]
+    theirs = [value for key, value in state.items() if not key.startswith("_fc.")]
     mine = [key for key in own if not key.endswith("num_batches_tracked")]
     theirs = [value for value in theirs if value.ndim or value.is_floating_point()]
     if [tuple(own[key].shape) for key in mine] != [tuple(value.shape) for value in theirs]:
