@@ -73,9 +73,8 @@ def band_weights(
     condition = next((c for c in calibration.QUESTIONS if calibration.ceiling_of(c, known) and c in known), None)
     grids = {n: ((int(t["grid"][0]), int(t["grid"][1])), int(t["stride"])) for n, t in taps.items()}
     bands = {n: Bands.parse(text, *grids[n]) for n in values.layers}
-    modes = np.array(
-        [[dict(zip(b.names, b.modes, strict=True)).get(k, 0) for k in values.bands] for b in bands.values()]
-    )
+    counted = statistics.mean_over_pairs(values.of("paired" if "paired" in known else known[0], "modes"))
+    modes = np.nan_to_num(counted).astype(int)  # as measured: a DCT has other modes in a band than the Fourier grid
     energy = statistics.mean_over_pairs(values.of("paired" if "paired" in known else known[0], "energy_rgb"))
     weights, rules = {}, {}
     rules["shared"] = "not computed: no condition with unrelated scenes to calibrate against"

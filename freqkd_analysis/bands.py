@@ -179,7 +179,7 @@ def _names(count: int) -> tuple[str, ...]:
 
 
 def _count(argument: str, kind: str) -> int:
-    if not argument.isdigit() or not 1 <= int(argument) <= FINE:
+    if not (argument.isascii() and argument.isdigit()) or not 1 <= int(argument) <= FINE:
         raise BandsError(f'expected {kind}:K with 1 <= K <= {FINE}, got "{kind}:{argument}".')
     return int(argument)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from freqkd_analysis import statistics
 from freqkd_analysis.divergence import DIVERGENCES, Cube
 from freqkd_analysis.errors import FreqkdError, RunError
 from freqkd_analysis.statistics import Array, Interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 QUESTIONS = ("mean_removed", "paired")
 """The conditions that get a verdict, the primary one first."""
@@ -67,7 +70,7 @@ def verdict(low: float, high: float) -> str:
 def ceiling_of(condition: str, conditions: Sequence[str]) -> str | None:
     """The condition that stands for unrelated scenes, or None where nothing comparable was measured.
 
-    `random` and `pixels` are other features than those that were shuffled, so `shuffled` says nothing on them.
+    `random`, `pixels` and `without_artefacts` are other features than those shuffled: `shuffled` says nothing on them.
 
     Example:
         >>> known = ["paired", "shuffled", "mean_removed", "mean_removed_shuffled", "grey", "random"]
@@ -79,9 +82,31 @@ def ceiling_of(condition: str, conditions: Sequence[str]) -> str | None:
     own = f"{condition}_shuffled"
     if own in conditions:
         return own
-    if condition in ("random", "pixels", "mean_removed") or "shuffled" not in conditions:
+    if condition in ("random", "pixels", "without_artefacts", "mean_removed") or "shuffled" not in conditions:
         return None
     return "shuffled"
+
+
+def map_free(spectra: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `shifted:d` and `noise` as they would be with the visible mean map taken out of both images.
+
+    Both sides of these controls are the same visible image, so the map drops out of their difference: Pd stays, and Pa
+    is that of the pair's `mean_removed` row. Pb is set equal to it, which holds on average; gains have no meaning here.
+    Conditions are named `mean_removed_shifted:d` and `mean_removed_noise`; no rows where `mean_removed` has none.
+    This is what `mean_removed` may be told against: with the map in it, a shift costs next to nothing.
+    """
+    keys = ["pair", "layer", "radius"]
+    kind = spectra["condition"]
+    controls = spectra[kind.str.startswith("shifted:") | (kind == "noise")]
+    own = spectra.loc[kind == "mean_removed", [*keys, "p_rgb"]]
+    if controls.empty or own.empty:
+        return spectra.iloc[:0]
+    found = controls.drop(columns=["p_rgb"]).merge(own, on=keys, how="inner")
+    energy = found["p_rgb"]
+    found = found.assign(
+        condition="mean_removed_" + found["condition"], p_ir=energy, cross=energy - found["p_diff"] / 2
+    )
+    return found[list(spectra.columns)]
 
 
 def shifts(conditions: Sequence[str], prefix: str = "") -> list[tuple[float, str]]:
@@ -236,7 +261,7 @@ class _Scale:
     def __init__(self, cube: Cube, condition: str, measure: str, floor: str, registration_px: float | None) -> None:
         known = list(cube.values)
         self.condition = condition
-        # What lost its mean map is told against controls that lost it too (divergence.map_free).
+        # What lost its mean map is told against controls that lost it too (map_free).
         prefix = "mean_removed_" if condition.startswith("mean_removed") else ""
         self.noise, self.curve = f"{prefix}noise", shifts(known, prefix)
         self.ceiling = ceiling_of(condition, known) if measure in DIVERGENCES else None

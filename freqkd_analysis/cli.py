@@ -6,6 +6,7 @@ Data goes to stdout, talk to stderr. Exit status: 0 done, 1 a check failed, 2 wr
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -76,7 +77,7 @@ def layers(
         int, _option(panel=_CONTROLS, min=2, help="Pairs of the image controls and mean maps.")
     ] = 100,
     sample: Annotated[str, _option(panel=_CONTROLS, help="stratified | random | first.")] = "stratified",
-    seed: Annotated[int, _option(panel=_CONTROLS, help="Of sampling, noise, random weights, resampling.")] = 0,
+    seed: Annotated[int, _option(panel=_CONTROLS, min=0, help="Of sampling, noise, random weights, resampling.")] = 0,
     batch_size: Annotated[str, _option(panel=_MACHINE, metavar="N|auto", help="Pairs a forward.")] = "auto",
     device: Annotated[str, _option(panel=_MACHINE, help="auto | cpu | cuda | cuda:N.")] = "auto",
     dtype: Annotated[str, _option(panel=_MACHINE, help="fp32 | bf16 (network alone; spectra stay fp32).")] = "fp32",
@@ -107,7 +108,8 @@ def layers(
             settings, machine, folder, resume, terminal.say, terminal.progress, ["freqkd-analyze", *sys.argv[1:]]
         )
     except KeyboardInterrupt:
-        terminal.say(f"stopped; what is measured is kept. Go on with the same command and --resume --out {folder}")
+        terminal.say("stopped; what is measured is kept. Go on with the same command and "
+                     f"--resume --out {shlex.quote(str(folder))}")  # fmt: skip
         raise typer.Exit(130) from None
     if verdict is None:
         return
@@ -290,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"Error: {error.strerror or error}{where}; nothing half-written is left.", file=sys.stderr)
+        print(f"Error: {error.strerror or error}{where}. What was there before is whole.", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

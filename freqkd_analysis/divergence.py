@@ -35,7 +35,7 @@ BAND_NAMES = ("low", *(f"b{k}" for k in range(1, FINE)), "mid", "high", "all")
 
 CONDITION_ORDER = (
     "paired", "shuffled", "mean_removed", "mean_removed_shuffled",
-    "shifted", "grey", "inverted", "blur", "noise", "random", "pixels",
+    "shifted", "grey", "inverted", "blur", "noise", "random", "pixels", "without_artefacts",
 )  # fmt: skip
 
 
@@ -223,26 +223,6 @@ def band_table(
     return table
 
 
-def map_free(spectra: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `shifted:d` and `noise` as they would be with the visible mean map taken out of both images.
-
-    Both sides of these controls are the same visible image, so the map drops out of their difference: Pd stays, and Pa
-    is that of the pair's `mean_removed` row. Pb is set equal to it, which holds on average; gains have no meaning here.
-    Conditions are named `mean_removed_shifted:d` and `mean_removed_noise`; no rows where `mean_removed` has none.
-    This is what `mean_removed` may be told against: with the map in it, a shift costs next to nothing.
-    """
-    keys = ["pair", "layer", "radius"]
-    kind = spectra["condition"]
-    controls = spectra[kind.str.startswith("shifted:") | (kind == "noise")]
-    own = spectra.loc[kind == "mean_removed", [*keys, "p_rgb"]]
-    found = controls.drop(columns=["p_rgb"]).merge(own, on=keys, how="inner")
-    energy = found["p_rgb"]
-    found = found.assign(
-        condition="mean_removed_" + found["condition"], p_ir=energy, cross=energy - found["p_diff"] / 2
-    )
-    return found[list(spectra.columns)]
-
-
 class _Layer:
     """One tap's grid, bands and atoms; what turns its rows into band values."""
 
@@ -257,10 +237,14 @@ class _Layer:
         """Band sums (N, K) of p_rgb, p_ir, cross, p_diff, modes."""
         a = len(self.atoms)
         if len(radius) and (radius.min() < 0 or radius.max() >= a):
-            raise RunError(f"layer {self.number}: expected radius 0 to {a - 1}, got {int(radius.max())}; {_OTHER}")
+            raise RunError(f"layer {self.number}: radius {int(radius.max())} is not in 0 to {a - 1}; {_OTHER}")
         cell = block * a + radius
         if np.bincount(cell, minlength=n * a).max(initial=0) > 1:
             raise RunError(f"layer {self.number}: rows of spectra.parquet occur twice; {_OTHER}")
+        if self.run.edges2 is not None:
+            # One grey channel's mean is brightness: of two positive numbers the cosine distance is 0 by construction.
+            kept = ~(pixels[block] & (radius == 0))
+            columns, cell = [column[kept] for column in columns], cell[kept]
         flat = np.zeros((len(columns), n * a))
         for k, column in enumerate(columns):
             flat[k, cell] = column

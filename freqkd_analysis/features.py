@@ -11,6 +11,7 @@ Shapes: M images, T tokens with prefix, N = H W, C channels.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -97,10 +98,15 @@ def find_taps(model: nn.Module, size: tuple[int, int], layers: str = "all") -> l
         for handle in handles:
             handle.remove()
     prefix = int(getattr(model, "num_prefix_tokens", 0))
-    stages = [_block_tap(i, names, size, outputs.get(name), intermediates[i], prefix)
+    steps = reductions(model)
+    stages = [_block_tap(i, names, size, outputs.get(name), intermediates[i], prefix, steps)
               for i, name in enumerate(names)]  # fmt: skip
-    taps = [stages[names.index(name)] if name in names else
-            _inner_tap(name, names, stages, order, size, outputs.get(name), prefix) for name in wanted]  # fmt: skip
+    taps = [
+        stages[names.index(name)]
+        if name in names
+        else _inner_tap(name, names, stages, order, size, outputs.get(name), prefix, steps)
+        for name in wanted
+    ]
     _one_a_layer(taps)
     return sorted(taps, key=lambda tap: tap.layer)
 
@@ -115,7 +121,7 @@ def _intermediates(model: nn.Module) -> Callable[..., Any]:
 def _select(model: nn.Module, names: list[str], layers: str) -> list[str]:
     if layers == "all":
         return names
-    if all(part.strip().lstrip("-").isdigit() for part in layers.split(",")):
+    if all(re.fullmatch(r"\s*-?[0-9]+\s*", part) for part in layers.split(",")):
         numbers = [int(part) for part in layers.split(",")]
         wrong = [n for n in numbers if not -len(names) <= n < len(names)]
         if wrong:
@@ -134,7 +140,7 @@ def _glob(name: str, pattern: str) -> bool:
 
 
 def _block_tap(layer: int, names: list[str], size: tuple[int, int], output: Tensor | None, expected: Tensor,
-               prefix: int) -> Tap:  # fmt: skip
+               prefix: int, steps: Sequence[int]) -> Tap:  # fmt: skip
     channels, grid = expected.shape[1], (int(expected.shape[2]), int(expected.shape[3]))
     reading = ("intermediate", 0)
     target = expected.flatten(2).transpose(1, 2)
@@ -144,11 +150,11 @@ def _block_tap(layer: int, names: list[str], size: tuple[int, int], output: Tens
             if maps is not None and maps.shape == target.shape and torch.equal(maps, target):
                 reading = (how, drop)
                 break
-    return Tap(layer, names[layer], (layer + 1) / len(names), grid, _stride(size, grid), channels, *reading)
+    return Tap(layer, names[layer], (layer + 1) / len(names), grid, _stride(size, grid, steps), channels, *reading)
 
 
 def _inner_tap(name: str, names: list[str], stages: list[Tap], order: list[str], size: tuple[int, int],
-               output: Tensor | None, prefix: int) -> Tap:  # fmt: skip
+               output: Tensor | None, prefix: int, steps: Sequence[int]) -> Tap:  # fmt: skip
     """A module inside or between blocks: it belongs to the block around it, else to the next one."""
     layer = next((i for i, block in enumerate(names) if name.startswith(block + ".")), None)
     if layer is None:
@@ -171,7 +177,7 @@ def _inner_tap(name: str, names: list[str], stages: list[Tap], order: list[str],
     if len(output) != 1 or not _covers(size, grid):
         raise NetworkError(f"{name} puts out no feature map of the image: {_shape(output)} from one "
                            f"{size[0]}x{size[1]} input; expected (B, C, H, W).")  # fmt: skip
-    return Tap(layer, name, stage.depth, grid, _stride(size, grid), output.shape[1], "nchw")
+    return Tap(layer, name, stage.depth, grid, _stride(size, grid, steps), output.shape[1], "nchw")
 
 
 def _covers(size: tuple[int, int], grid: tuple[int, int]) -> bool:
@@ -184,8 +190,18 @@ def _shape(x: Tensor) -> str:
     return "x".join(map(str, x.shape))
 
 
-def _stride(size: tuple[int, int], grid: tuple[int, int]) -> int:
+def _stride(size: tuple[int, int], grid: tuple[int, int], reductions: Sequence[int]) -> int:
+    """Input px per token: the network's own reduction that explains the grid, else the plain quotient."""
+    for step in reductions:
+        if all(n in (side // step, -(-side // step)) for side, n in zip(size, grid, strict=True)):
+            return step
     return max(1, round((size[0] / grid[0] + size[1] / grid[1]) / 2))
+
+
+def reductions(model: nn.Module) -> list[int]:
+    """Input px per token that the network states for its intermediates, each once."""
+    stated = [entry.get("reduction") for entry in getattr(model, "feature_info", [])]
+    return list(dict.fromkeys(int(step) for step in stated if step))
 
 
 def _one_a_layer(taps: list[Tap]) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from freqkd_analysis import conditions, measure, models, plan, provenance, schema, shards, similarity
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import CheckFailed, DataError, FreqkdError, RunError, nearest
-from freqkd_analysis.features import find_taps
+from freqkd_analysis.features import find_taps, reductions
 from freqkd_analysis.plan import Machine, Plan, Settings
 
 Say = Callable[[str], None]
@@ -31,7 +31,9 @@ Say = Callable[[str], None]
 def device_of(name: str) -> str:
     """The PyTorch device of `--device`: `auto`, `cpu`, `cuda` or `cuda:N`. Raises FreqkdError when it is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and process()[1] > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one device a process
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda"):
         raise FreqkdError(f'expected --device auto, cpu, cuda or cuda:N, got "{name}".{nearest(name, ("cpu", "cuda"))}')
@@ -62,17 +64,15 @@ def prepare(settings: Settings, machine: Machine, say: Say) -> Job:
     if missing:
         say(f"{len(missing)} pairs lack a file and are left out, first {missing[0]}")
     device = device_of(machine.device)
-    first = models.create(settings.model, settings.weights, settings.size, settings.seed)
-    if first.notice:
-        say(first.notice)
-    stride = max(tap.stride for tap in find_taps(first.model, first.size))
-    geometry = conditions.Geometry.make(settings.geometry, settings.size, _patch(first, stride))
-    network = first
-    if geometry.size != tuple(first.size):
-        network = models.create(first.name, settings.weights if first.name == settings.model else "auto",
-                                geometry.size, settings.seed)  # fmt: skip
-        if settings.geometry == "crop":
-            say(f"input size {geometry.size[0]}x{geometry.size[1]}, the next multiple of the network's stride")
+    network = models.create(settings.model, settings.weights, settings.size, settings.seed)
+    if network.notice:
+        say(network.notice)
+    geometry = conditions.Geometry.make(settings.geometry, settings.size, _step(network))
+    if geometry.size != tuple(network.size):
+        weights = "auto" if network.name == models.demo.NAME and settings.model == "auto" else settings.weights
+        network = models.create(network.name, weights, geometry.size, settings.seed)
+        say(f"network input {geometry.size[0]}x{geometry.size[1]}: whole tokens of the {settings.size[0]}x"
+            f"{settings.size[1]} asked for")  # fmt: skip
     settings = replace(settings, model=network.name)
     network.model.to(device)
     taps = find_taps(network.model, geometry.size, settings.layers)
@@ -81,24 +81,26 @@ def prepare(settings: Settings, machine: Machine, say: Say) -> Job:
         say(note)
     twin = None
     if "random" in settings.conditions and made.control:
-        twin = models.create(network.name, "random", geometry.size, settings.seed)
+        # Another draw where the network itself is random, or the twin would be the network.
+        twin = models.create(network.name, "random", geometry.size, settings.seed + (not network.trained))
         twin.model.to(device)
     bench = measure.Bench(made, network, taps, geometry, layouts.resolve_conversion(records), twin, device,
                           machine.batch_size or (16 if device != "cpu" else 4), machine.workers)  # fmt: skip
     return Job(settings, made, bench, missing)
 
 
-def _patch(network: models.Network, stride: int) -> int:
-    """What the input must be a multiple of: the patch of a plain ViT, the largest stride of anything else."""
-    patch = getattr(getattr(network.model, "patch_embed", None), "patch_size", None)
-    blocks = getattr(network.model, "blocks", None)
-    return int(patch[0]) if isinstance(patch, tuple) and blocks is not None else stride
+def _step(network: models.Network) -> int:
+    """What the input must be a multiple of: the network's largest reduction (the patch of a plain ViT)."""
+    return max(reductions(network.model), default=1)
 
 
-def claim_folder(run: Path, settings: Settings, resume: bool) -> None:
-    """Make the run folder, or take up the run in it; its settings must be the same."""
+def claim_folder(run: Path, job: Job, resume: bool) -> None:
+    """Make the run folder, or take up the run in it; its settings, pairs and weights must be the same."""
     note = run / shards.FOLDER / "settings.json"
-    own = json.loads(json.dumps(asdict(settings)))
+    own = json.loads(json.dumps(asdict(job.settings)))
+    del own["max_bad"]  # decides when to give up, no number
+    own["ids"] = provenance.sha256_lines(record.id for record in job.plan.records)
+    own["sha256"] = job.bench.network.sha256
     if resume:
         if not note.is_file():
             raise RunError(f"nothing to resume in {run}; expected the folder of an interrupted run (--out).")
@@ -136,14 +138,16 @@ def joined(world: int):  # type: ignore[no-untyped-def]
 def measure_all(job: Job, run: Path, progress: measure.Progress, meet: Callable[[], None] = lambda: None) -> None:
     """Measure every block that has no shard yet: mean maps first, then the rest; blocks dealt out by rank."""
     rank, world = process()
+    bad: set[str] = set()
     for kinds in (("mean",), ("main", "control")):
         mine = [block for block in job.plan.blocks if block.kind in kinds][rank::world]
         for block in mine:
             if shards.done(run, block.name):
                 progress(len(block.records), "kept")
-                continue
-            measure.run_block(job.bench, block, run, progress)
-            _check_bad(job, run)
+            else:
+                measure.run_block(job.bench, block, run, progress)
+            bad |= {skip["id"] for skip in shards.skipped(run, block.name)}
+            _check_bad(job, bad)
         meet()
 
 
@@ -151,12 +155,10 @@ def _silent(step: int, what: str) -> None:
     pass
 
 
-def _check_bad(job: Job, run: Path) -> None:
-    bad = {skip["id"] for block in job.plan.blocks if shards.path_of(run, block.name).is_file()
-           for skip in shards.load(run, block.name).skipped}  # fmt: skip
+def _check_bad(job: Job, bad: Set[str]) -> None:
     if len(bad) > job.settings.max_bad:
         raise DataError(f"{len(bad)} pairs cannot be read, more than --max-bad {job.settings.max_bad}; first "
-                        f"{sorted(bad)[0]}. See them all: freqkd-analyze data verify {job.settings.data}")  # fmt: skip
+                        f"{min(bad)}. See them all: freqkd-analyze data verify {job.settings.data}")  # fmt: skip
 
 
 def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[str], machine: Machine) -> None:
@@ -167,7 +169,7 @@ def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[
     shards.merge(run, names, bench.taps, lows, highs, bench.modes())
     control = [block.name for block in job.plan.of_kind("control")]
     gathered = shards.gather(run, [block.name for block in job.plan.blocks])
-    if control:
+    if control and job.settings.window != "dct":
         schema.write(shards.coherence(run, control, bench.taps, bench.bands), run / "coherence.parquet")
     wanted = [name for name in ("cka", "mmd") if getattr(job.settings, name)]
     if wanted:
@@ -184,7 +186,9 @@ def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[
             "id_sha256": provenance.sha256_lines(r.id for r in used), **gathered["registration"],
             "input": bench.geometry.size, "blocks": job.plan.describe(), "notes": job.plan.notes}  # fmt: skip
     sections = {"config": config, "network": bench.network.describe(), "data": data,
-                "taps": [tap.describe() for tap in bench.taps], "conditions": gathered["conditions"],
+                "taps": [tap.describe() | {"padded_tokens": bench.geometry.padded_tokens(tap.stride)}
+                         for tap in bench.taps],
+                "conditions": gathered["conditions"],
                 "artefacts": gathered["artefacts"]}  # fmt: skip
     environment = provenance.environment(bench.device, torch.get_num_threads())
     provenance.write_manifest(run, provenance.manifest(sections, environment=environment, started=started,
@@ -199,7 +203,7 @@ def tables_and_report(run: Path, say: Say = lambda text: None) -> dict[str, Any]
     from freqkd_analysis.summary import summarize
 
     say("tables")
-    verdict = summarize(run)
+    verdict = summarize(run, seed=int(provenance.read_manifest(run)["config"]["seed"]))
     say("figures and report")
     write_figures(run)
     write_methods(run)
@@ -216,7 +220,7 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
     with joined(world) as meet:
         job = prepare(settings, machine, say if rank == 0 else lambda text: None)
         if rank == 0:
-            claim_folder(out, job.settings, resume)
+            claim_folder(out, job, resume)
         meet()
         with progress(job.work) if rank == 0 else contextlib.nullcontext(_silent) as step:
             measure_all(job, out, step, meet)

@@ -156,15 +156,20 @@ def mean_block(bench: Bench, block: Block, run: Path, progress: Progress) -> Sha
     for batch in batches(load(bench, block.records, shard), bench.batch):
         views = [bench.geometry.view(item.rgb) for item in batch] + [bench.geometry.view(item.ir) for item in batch]
 
-        def sink(tap: Tap, maps: Tensor, size: int = len(batch)) -> None:
+        def sink(tap: Tap, maps: Tensor, batch: list[Loaded] = batch) -> None:
             for i, maps_NC in enumerate(maps):
-                sums[tap.layer][i // size].add_(bench.meters[tap.layer].coefficients(maps_NC))
+                found = bench.meters[tap.layer].coefficients(maps_NC)
+                if not torch.isfinite(found.sum()):
+                    raise _not_finite(tap.layer, tap.tap, batch[i % len(batch)].record.id, "mean maps")
+                sums[tap.layer][i // len(batch)].add_(found)
 
         bench.forward(views, sink)
         count += len(batch)
         progress(len(batch), "mean maps")
+    if count == 0:
+        raise DataError(f"no pair of the mean maps can be read, first: {shard.skipped[0]['reason']} Next: data verify.")
     for layer, total in sums.items():
-        shard.sums[str(layer)] = (total / max(count, 1)).cpu().numpy()
+        shard.sums[str(layer)] = (total / count).cpu().numpy()
     shard.notes["count"] = count
     return shard
 
@@ -320,7 +325,10 @@ class _Extras:
 
     def _coherence(self, tap: Tap, x_NC: Tensor, y_NC: Tensor) -> None:
         """Sums over pairs, per mode: complex cross spectrum and both energies, channels pooled."""
-        x, y = (maps.float().T.reshape(1, -1, *tap.grid) for maps in (x_NC, y_NC))
+        if self.bench.plan.settings.window == "dct":
+            return  # coherence is defined on Fourier modes
+        meter = self.bench.meters[tap.layer]
+        x, y = (meter.prepared(maps).T.reshape(1, -1, *tap.grid) for maps in (x_NC, y_NC))
         sums = torch.stack([part[0].to(torch.complex128) for part in cross_modes(x, y)]).cpu().numpy()
         name = f"coherence/{tap.layer}"
         self.shard.sums[name] = self.shard.sums.get(name, 0) + sums
@@ -365,7 +373,11 @@ def _check_finite(shard: Shard, taps: Sequence[Tap]) -> None:
         bad = ~np.isfinite(values).all((1, 2))
         if bad.any():
             pair = shard.pairs[condition][int(np.argmax(bad))][0]
-            raise NonFiniteError(
-                f"features of layer {layer} ({names[layer]}) are not finite for pair {pair} ({condition}); "
-                "expected finite numbers. Try --dtype fp32 or other weights."
-            )
+            raise _not_finite(layer, names[layer], pair, condition)
+
+
+def _not_finite(layer: int, tap: str, pair: str, condition: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"features of layer {layer} ({tap}) are not finite for pair {pair} ({condition}); "
+        "expected finite numbers. Try --dtype fp32 or other weights."
+    )

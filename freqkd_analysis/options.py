@@ -61,7 +61,7 @@ def settings(values: Mapping[str, Any], given: Set[str] = frozenset()) -> Settin
 def machine(values: Mapping[str, Any]) -> Machine:
     """What decides only the time: device, batch size (0 for auto), workers."""
     batch = str(values["batch_size"])
-    if batch != "auto" and (not batch.isdigit() or int(batch) < 1):
+    if batch != "auto" and (not (batch.isascii() and batch.isdigit()) or int(batch) < 1):
         raise FreqkdError(f'expected --batch-size auto or a number of pairs from 1, got "{batch}".')
     return Machine(str(values["device"]), 0 if batch == "auto" else int(batch), int(values["workers"]))
 
@@ -69,7 +69,8 @@ def machine(values: Mapping[str, Any]) -> Machine:
 def size(text: str) -> tuple[int, int]:
     """`N` or `ROWSxCOLUMNS` in px."""
     parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdigit() and 0 < int(part) <= 4096 for part in parts):
+    whole = all(part.isascii() and part.isdigit() and 0 < int(part) <= 4096 for part in parts)
+    if len(parts) not in (1, 2) or not whole:
         raise FreqkdError(f'expected --size N or ROWSxCOLUMNS, 1 to 4096 px, got "{text}".')
     return int(parts[0]), int(parts[-1])
 

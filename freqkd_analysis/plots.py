@@ -216,7 +216,7 @@ def controls(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
     for band, colour, marker, move in (("low", BLUE, "o", 0.16), ("high", ORANGE, "s", -0.16)):
         part = table[table["band"] == band]
-        y = part["condition"].map(place) + move
+        y = part["condition"].map(place).astype(float) + move  # a band may have no row at all
         errors = _errors(part, "mean", "ci_low", "ci_high")
         ax.errorbar(part["mean"], y, xerr=errors, color=colour, fmt=marker, ms=3, elinewidth=0.9, capsize=1.5,
                     label=f"{band} band")  # fmt: skip

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from freqkd_analysis import schema
-from freqkd_analysis.errors import RunError
+from freqkd_analysis.errors import DataError, RunError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from freqkd_analysis.features import Tap
 
 FOLDER = "shards"
+FEW_SHIFTS = 5
+"""Measured shifts below which no median is told."""
 CONFIDENT = 6.0
 """Peak height (robust standard deviations) from which a registration shift counts as measured."""
 
@@ -81,6 +83,12 @@ def load(run: Path, block: str) -> Shard:
         raise RunError(f"{path.parent.parent} lacks shard {path.name}; finish it with `--resume`.") from None
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise RunError(f"{path} is no whole shard ({type(error).__name__}); delete it and use `--resume`.") from error
+
+
+def skipped(run: Path, block: str) -> list[dict[str, str]]:
+    """The pairs a finished block left out; reads the shard's header alone."""
+    with np.load(path_of(run, block), allow_pickle=False) as stored:
+        return list(json.loads(stored["header"].tobytes())["skipped"])
 
 
 def done(run: Path, block: str) -> bool:
@@ -174,7 +182,7 @@ def gather(run: Path, blocks: Sequence[str]) -> dict[str, Any]:
     shifts = np.concatenate([np.zeros((0, 3)), *moved])
     distance = np.hypot(shifts[:, 0], shifts[:, 1])[shifts[:, 2] >= CONFIDENT]
     registration = {"registration_n": len(distance),
-                    "registration_px": float(np.median(distance)) if len(distance) else None}  # fmt: skip
+                    "registration_px": float(np.median(distance)) if len(distance) >= FEW_SHIFTS else None}  # fmt: skip
     artefacts = []
     for name in sorted(tokens, key=lambda n: (int(n.split("/")[1]), n)):
         rate, median, spread = np.concatenate(tokens[name]).mean(0)
@@ -203,11 +211,14 @@ def coherence(run: Path, blocks: Sequence[str], taps: Sequence[Tap], bands: Mapp
 
     sums: dict[int, np.ndarray] = {}
     n = 0
-    for block in blocks:
-        shard = load(run, block)
+    for shard in (load(run, block) for block in blocks):
+        if not shard.notes["count"]:
+            continue  # no pair of this block could be read
         n += int(shard.notes["count"])
         for tap in taps:
             sums[tap.layer] = sums.get(tap.layer, 0) + shard.sums[f"coherence/{tap.layer}"]
+    if n == 0:
+        raise DataError("no control pair can be read; see them with `freqkd-analyze data verify`.")
     frames = []
     for tap in taps:
         atoms = bands[tap.layer].atoms()

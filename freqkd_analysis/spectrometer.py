@@ -166,7 +166,7 @@ class Spectrometer:
         plain = self.standardization == "none" and self.taper is None and maps_PNC.dtype == torch.float32
         if plain and maps_PNC.stride()[1:] == (shape[2], 1):
             return maps_PNC.view(shape[0], height, -1).unbind(0)
-        return (self._prepared(x_NC).view(height, -1) for x_NC in maps_PNC)
+        return (self.prepared(x_NC).view(height, -1) for x_NC in maps_PNC)
 
     def _compare(self, references: References) -> None:
         """Products of this pair's coefficients with the mean maps and with the chain's previous infrared map."""
@@ -191,7 +191,7 @@ class Spectrometer:
     def coefficients(self, x_NC: Tensor) -> Tensor:
         """Coefficients of one map, in scratch that the next call overwrites."""
         with torch.autocast(self.z.device.type, enabled=False):
-            self.transform(self._prepared(x_NC), 0)
+            self.transform(self.prepared(x_NC), 0)
         return self.z[0]
 
     def band_amplitudes(self, x_NC: Tensor) -> np.ndarray:
@@ -208,7 +208,7 @@ class Spectrometer:
         self.products: list[Tensor] = []
         self.binned: list[tuple[Tensor, ...]] = []
 
-    def _prepared(self, x_NC: Tensor) -> Tensor:
+    def prepared(self, x_NC: Tensor) -> Tensor:
         if self.standardization != "none":
             x_NC = standardize(x_NC[None], self.standardization)[0]
         if self.taper is not None:

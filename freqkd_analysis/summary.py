@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freqkd_analysis import calibration, schema, statistics
+from freqkd_analysis import calibration, provenance, schema, statistics
 from freqkd_analysis.band_weights import band_weights
+from freqkd_analysis.bands import Bands, fine_edges2
 from freqkd_analysis.calibration import Answer, with_all
-from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, joined, map_free, stacked
-from freqkd_analysis.errors import RunError
+from freqkd_analysis.divergence import DIVERGENCES, Cube, band_table, chosen, cube, joined, stacked
+from freqkd_analysis.errors import BandsError, RunError
 from freqkd_analysis.statistics import Array, Interval
 
 if TYPE_CHECKING:
@@ -51,13 +52,14 @@ def summarize(
         out: where to write; the run, or RUN/rebanded-<bands> for other bands, so that nothing is overwritten.
     Raises: RunError, BandsError, FreqkdError, each in one line.
     """
-    manifest = manifest_of(run)
+    manifest = provenance.read_manifest(run)
     own = str(manifest["config"]["bands"])
     text, taps = bands or own, manifest["taps"]
     target = out or target_folder(run, text)
+    _check_bands(manifest, text, own, target == run)
     names = chosen({*_measures(measures, manifest), calibration.PRIMARY, "energy_rgb", "energy_ir", "modes"})
     values = stacked([cube(table) for table in _banded(run, taps, text, names, own)])
-    beside = map_free(_controls(run))
+    beside = calibration.map_free(_controls(run))
     full = joined(values, cube(band_table(beside, taps, text, names, own))) if len(beside) else values
     registration = manifest.get("data", {}).get("registration_px")
     moved = calibration.floor_pixels(floor, list(values.values), registration)  # fails before anything is written
@@ -83,6 +85,20 @@ def summarize(
     return verdict
 
 
+def _check_bands(manifest: Mapping[str, Any], text: str, own: str, inside: bool) -> None:
+    """Other bands must not overwrite the run, and for a DCT their edges must be stored ones: its modes lie between."""
+    if text == own:
+        return
+    if inside:
+        raise BandsError(f'the run has bands "{own}"; tables of "{text}" need a folder of their own, not --out RUN.')
+    for tap in manifest["taps"] if manifest["config"].get("window") == "dct" else ():
+        grid, stride = (int(tap["grid"][0]), int(tap["grid"][1])), int(tap["stride"])
+        wanted, stored = Bands.parse(text, grid, stride), fine_edges2(Bands.parse(own, grid, stride))
+        if wanted.edges2 is None or not set(wanted.edges2) <= set(stored):
+            raise BandsError(f'bands "{text}" cut stored rings of a DCT run; use edges of 1/64 cycle per token or '
+                             f"run `layers` again with --bands {text}.")  # fmt: skip
+
+
 def _banded(run: Path, taps: Any, text: str, names: Sequence[str], own: str) -> Iterator[pd.DataFrame]:
     """The divergence table in pieces, one a stored block of pairs."""
     for part in schema.parts(run / "spectra.parquet"):
@@ -105,23 +121,8 @@ def _controls(run: Path) -> pd.DataFrame:
 
 def target_folder(run: Path, bands: str | None) -> Path:
     """Where `summarize` writes: the run itself for its own bands, RUN/rebanded-<bands> for others."""
-    own = str(manifest_of(run)["config"]["bands"])
+    own = str(provenance.read_manifest(run)["config"]["bands"])
     return run if bands in (None, "", own) else run / f"rebanded-{_slug(str(bands))}"
-
-
-def manifest_of(run: Path) -> dict[str, Any]:
-    """The manifest of a run folder as far as tables need it: taps and bands must be there."""
-    path = run / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not (manifest["taps"] and isinstance(manifest["config"]["bands"], str)):
-            raise KeyError("taps")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"expected a manifest with taps and bands at {path}, got {type(error).__name__}; "
-            "name the folder of a finished `freqkd-analyze layers` run."
-        ) from None
-    return dict(manifest)
 
 
 def _slug(text: str) -> str:

@@ -193,7 +193,7 @@ def test_what_lost_its_map_is_told_against_controls_that_lost_it(known):
     with pytest.raises(RunError, match="no rows of `noise`"):
         calibration.answer(known, "mean_removed", "cosine", floor="noise")
     table = spectra_run.spectra(KNOWN, pairs=80, spread=0.01)
-    both = pd.concat([table, divergence.map_free(table)], ignore_index=True)
+    both = pd.concat([table, calibration.map_free(table)], ignore_index=True)
     full = divergence.cube(divergence.band_table(both, spectra_run.taps(), "octave:3"))
     got = calibration.answer(full, "mean_removed", "cosine", floor="noise").intervals
     d, ceiling, noise = (

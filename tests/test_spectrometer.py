@@ -201,8 +201,8 @@ def test_chain_and_mean_removed_equal_direct_computation(text, window, how):
     bands = Bands.parse(text, grid=grid)
     meter = Spectrometer(bands, 6, window, how)
     xs, ys = ([maps(grid, i + base) for i in range(count)] for base in (0, 100))
-    prepared = [[meter._prepared(z).double() for z in side] for side in (xs, ys)]
-    mean_x, mean_y = (torch.stack([meter._prepared(maps(grid, i + base)) for i in range(3)]).double().mean(0)
+    prepared = [[meter.prepared(z).double() for z in side] for side in (xs, ys)]
+    mean_x, mean_y = (torch.stack([meter.prepared(maps(grid, i + base)) for i in range(3)]).double().mean(0)
                       for base in (200, 300))  # fmt: skip
     stack = torch.zeros(3, *meter.z.shape[1:])
     for slot, base in ((0, 200), (1, 300)):
