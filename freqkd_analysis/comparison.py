@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freqkd_analysis import schema, statistics
+from freqkd_analysis import provenance, schema, statistics
 from freqkd_analysis.calibration import with_all
 from freqkd_analysis.divergence import cube
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.statistics import Array, Interval
-from freqkd_analysis.summary import manifest_of, mean_columns, mean_interval
+from freqkd_analysis.summary import mean_columns, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,7 @@ def compare(run_a: Path, run_b: Path, draws: int = statistics.DRAWS, seed: int =
     import pandas as pd
 
     a, b = (cube(schema.read(run / "divergence.parquet")) for run in (run_a, run_b))
-    texts = [str(manifest_of(run)["config"]["bands"]) for run in (run_a, run_b)]
+    texts = [str(provenance.read_manifest(run)["config"]["bands"]) for run in (run_a, run_b)]
     if texts[0] != texts[1] or a.bands != b.bands:
         raise RunError(
             f'expected two runs with the same bands, got "{texts[0]}" and "{texts[1]}"; '

@@ -65,6 +65,41 @@ def console_table(run: Path, condition: str | None = None, measure: str | None =
     return out
 
 
+RELEASED_MEASURES = ("mse", "nmse", "cosine")
+
+
+def released_table(run: Path) -> Table:
+    """The released script's view of a run: `paired` images, mse, nmse and cosine side by side, raw.
+
+    Args:
+        run: a finished run folder.
+    Returns: a rich Table, a row a layer and `all` last: low band, high band and high / low of each of the three
+        measures (0 same; mse of values squared, nmse and cosine without unit); a dash where the run lacks one.
+    Raises: RunError for a run folder without tables, or without rows of `paired`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    read = read_run(run)
+    table = rows(read.ratio, condition="paired")
+    if table.empty:
+        raise RunError(f"{run / 'ratio.csv'} has no rows of condition paired; run `freqkd-analyze layers` with it.")
+    found = {(row["layer"], row["measure"]): row for row in table.to_dict("records")}
+    out = Table(title=Text("as the FreqKD release prints it: paired, nothing calibrated"))
+    out.add_column(Text("layer"), justify="right", no_wrap=True)
+    for measure in RELEASED_MEASURES:
+        for title in ("low", "high", "high / low"):
+            out.add_column(Text(f"{measure} {title}"), justify="right", no_wrap=True)
+    for layer in table["layer"].unique():
+        cells = [number(found.get((layer, measure), {}).get(column))
+                 for measure in RELEASED_MEASURES for column in ("low", "high", "ratio")]  # fmt: skip
+        last = layer == "all"
+        if last and out.row_count:
+            out.add_section()
+        out.add_row(Text(layer), *map(Text, cells), style="bold" if last else None)
+    return out
+
+
 def _beside_mse(found: dict[str, Any]) -> list[str]:
     pairs = [f"{number(found[f'{word}_low'])}, {number(found[f'{word}_high'])}" for word in ("energy", "modes")]
     return [number(found["mse_per_mode"]), number(found["cosine"]), *pairs]

@@ -25,7 +25,7 @@ MEASURE_WORDS = {
 CONDITION_WORDS = {
     "paired": "RGB and IR image of a pair",
     "shuffled": "RGB image and the IR image of another group (the ceiling)",
-    "mean_removed": "paired, each modality's mean map over the sample taken out",
+    "mean_removed": "paired, each modality's cross-fitted mean map taken out",
     "mean_removed_shuffled": "shuffled, mean maps taken out (the ceiling of mean_removed)",
     "without_artefacts": "paired, tokens of outlying norm replaced by the mean of the others",
     "shifted": "RGB image against itself moved by that many input pixels, along x and along y",
@@ -151,9 +151,25 @@ def _controls(run: Run) -> str:
         if ceiling in names
         else f"The run holds no {ceiling} condition, so nothing was calibrated."
     )
+    sentences = [
+        f"Conditions. {'; '.join(parts)}.",
+        _mean_maps(run) if any(stem.startswith("mean_removed") for stem in stems) else "",
+        f"Controls that need a further forward pass ran on {_say(run.get('data', 'control_n'))} pairs.",
+        "The window was not applied to the pixels control."
+        if "pixels" in stems and run.get("config", "window") not in (None, "none")
+        else "",
+        calibrated,
+    ]
+    return " ".join(s for s in sentences if s)
+
+
+def _mean_maps(run: Run) -> str:
+    """How the mean map that `mean_removed` takes out was made: see plan.make."""
+    pairs = run.get("config", "control_pairs")
+    most = f"{max(1, pairs // 2):,}" if isinstance(pairs, int) else f"half of control_pairs ({MISSING})"
     return (
-        f"Conditions. {'; '.join(parts)}. Controls that need a further forward pass ran on "
-        f"{_say(run.get('data', 'control_n'))} pairs. {calibrated}"
+        f"Mean maps were cross-fitted: the groups were dealt to two folds, and the mean map of each modality was taken "
+        f"over at most {most} pairs, spread over the groups, of the other fold, so that no group enters its own mean."
     )
 
 

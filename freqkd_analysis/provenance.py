@@ -26,6 +26,20 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pyarro
 SECTIONS = ("config", "network", "data", "taps", "conditions", "artefacts")
 """The parts of a manifest that the run itself fills in, in order."""
 
+NUMBER = (float, int, type(None))
+MANIFEST: dict[str, Any] = {
+    "config": {"bands": str, "measure?": ([str], str, type(None))},
+    "data": {"registration_px?": NUMBER, "groups?": NUMBER, "skipped?": ([{"id": str, "reason": str}], type(None)),
+             "notes?": ([str], type(None))},
+    "taps": [{"layer": int, "tap": str, "grid": [int, int], "stride": (float, int), "channels": int}],
+    "command?": list, "seconds?": NUMBER, "environment?": dict, "network?": dict, "conditions?": dict,
+    "artefacts?": [{"layer": int, "modality": str, "rate": NUMBER, "median": NUMBER, "mad": NUMBER}],
+}  # fmt: skip
+"""What tables, figures and report take from a manifest, as `misfit` reads it."""
+
+_WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number",
+          bool: "true or false", type(None): "null"}  # fmt: skip
+
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal, read in pieces. Raises OSError when it cannot be read.
@@ -146,18 +160,78 @@ def write_manifest(run: Path, content: Mapping[str, Any]) -> Path:
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of the folder `run`. RunError when there is none, it is broken, or of another schema."""
-    path = Path(run) / "manifest.json"
+    """The manifest of the folder `run`, checked for all that tables need; the one place that reads it.
+
+    Raises: RunError when there is none, it is broken, of another schema, or not of the shape MANIFEST.
+    """
+    path, again = Path(run) / "manifest.json", "run `freqkd-analyze layers` again."
+    if not path.is_file():
+        raise RunError(f"no manifest.json in {run}; expected the folder of a finished `freqkd-analyze layers` run.")
+    content = read_object(path, MANIFEST, again, versioned=True)
+    if not content["taps"]:
+        raise RunError(f"{path}: expected taps, got an empty list; {again}")
+    for i, tap in enumerate(content["taps"]):
+        if min(*tap["grid"], tap["stride"], tap["channels"]) <= 0:
+            raise RunError(f"{path}: expected grid, stride and channels of taps[{i}] to be above 0; {again}")
+    return content
+
+
+def read_object(path: Path, shape: dict[str, Any], again: str, versioned: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a run folder, of this schema version and of `shape` (see `misfit`).
+
+    Args:
+        again: what to do about a file that does not fit, the end of the error's line.
+        versioned: the file must say its schema; else it may be silent on it.
+    Raises: RunError, one line that names the file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"no manifest.json in {run}; expected the folder of a `freqkd-analyze layers` run.") from None
-    except ValueError as error:
-        raise RunError(f"{path} is not readable JSON ({error}); run `freqkd-analyze layers` again.") from error
-    got = content.get("schema") if isinstance(content, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not readable JSON ({error}); {again}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: expected an object, got {_WORDS[type(content)]}; {again}")
+    got = content.get("schema", None if versioned else schema.VERSION)
     if got != schema.VERSION:
-        raise RunError(f"{path}: expected schema {schema.VERSION}, got {got}; run `freqkd-analyze layers` again.")
+        raise RunError(f"{path}: expected schema {schema.VERSION}, got {got}; {again}")
+    if wrong := misfit(content, shape):
+        raise RunError(f"{path}: {wrong}; {again}")
     return content
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str:
+    """Where a value read from JSON first departs from `shape`, in words; empty where it fits.
+
+    shape: a type; a tuple of shapes, one of which must fit; `[shape]`, a list of any length; `[shape, shape]`, a list
+    of that length; `{key: shape}`, an object with these keys and maybe others. `key?` may be absent, `*` is any key.
+
+    Example:
+        >>> misfit({"taps": [{"grid": [16]}]}, {"taps": [{"grid": [int, int]}], "notes?": list})
+        'expected taps[0].grid to hold 2 values, got 1'
+        >>> misfit({"taps": []}, {"taps": [{"grid": [int, int]}], "notes?": list})
+        ''
+    """
+    if isinstance(shape, tuple):
+        found = [misfit(value, one, name) for one in shape]
+        return "" if "" in found else found[0]
+    kind: Any = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind:  # exactly: true is no number
+        return f"expected {name or 'the whole'} to be {_WORDS[kind]}, got {_WORDS[type(value)]}"
+    if isinstance(shape, list):
+        if len(shape) > 1 and len(value) != len(shape):
+            return f"expected {name} to hold {len(shape)} values, got {len(value)}"
+        inner = shape * len(value) if len(shape) == 1 else shape
+        parts = [(item, one, f"{name}[{i}]") for i, (item, one) in enumerate(zip(value, inner, strict=True))]
+    elif isinstance(shape, dict):
+        stem = f"{name}." if name else ""
+        keys = [(key, shape["*"]) for key in value] if "*" in shape else list(shape.items())
+        lacking = [key for key, _ in keys if not key.endswith("?") and key not in value]
+        if lacking:
+            return f"expected {stem}{lacking[0]}, got none"
+        kept = [(key if "*" in shape else key.removesuffix("?"), one) for key, one in keys]
+        parts = [(value[key], one, stem + key) for key, one in kept if key in value]
+    else:
+        return ""
+    return next((wrong for part in parts if (wrong := misfit(*part))), "")
 
 
 def plain(value: Any) -> Any:

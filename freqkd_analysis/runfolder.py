@@ -6,8 +6,8 @@ that they cannot disagree on which row is the answer or how a number is written.
 
 from __future__ import annotations
 
-import json
 import math
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from freqkd_analysis import schema
 from freqkd_analysis.errors import RunError
+from freqkd_analysis.provenance import NUMBER, read_manifest, read_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,15 +25,34 @@ PRIMARY_CONDITIONS = ("mean_removed", "paired")
 """The measure and condition fixed before looking: the first of these conditions that the run holds."""
 
 CEILINGS = {"mean_removed": "mean_removed_shuffled", "mean_removed_shuffled": "mean_removed_shuffled"}
-"""The condition that says "unrelated scenes" for another one; `shuffled` for all that are not listed."""
+"""The condition that says "unrelated scenes" for another one; `shuffled` for all that are not listed.
+
+None for `random`, `pixels` and `without_artefacts`: they are other features than those that were shuffled.
+"""
 
 CONDITION_ORDER = ("paired", "mean_removed", "shuffled", "mean_removed_shuffled", "without_artefacts", "shifted",
                    "mean_removed_shifted", "grey", "inverted", "blur", "noise", "mean_removed_noise", "random",
                    "pixels")  # fmt: skip
 """The order in which figures, tables and text list the conditions (stems, without an amount)."""
 
+_KEYS = ("condition", "layer", "band", "measure")
 CONVERGENCE_COLUMNS = ["condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high"]
 MISSING = "not recorded"
+
+_ENDS = ([NUMBER, NUMBER], type(None))
+_SHIFTS = {f"shift_{band}_px_ci?": ([(str, *NUMBER), (str, *NUMBER)], type(None)) for band in ("low", "high")}
+_VERDICT: dict[str, Any] = {
+    "measure?": (str, type(None)), "condition?": (str, type(None)), "warnings?": [str],
+    "layers?": [{"layer": (int, str)} | _SHIFTS], "all?": ({"reason?": (str, type(None))} | _SHIFTS, type(None)),
+    "layer_ratios?": ({"calibrated_geometric?": NUMBER, "calibrated_geometric_ci?": _ENDS}, type(None)),
+    "beside?": {"shifted_at_registration?": ({"px": NUMBER, "ratio?": NUMBER}, type(None))},
+    "statistics?": (dict, type(None)),
+}  # fmt: skip
+_WEIGHTS: dict[str, Any] = {
+    "bands": {"names": [str], "f_lo": [(float, int)], "f_hi": [(float, int)]},
+    "layers": [{"layer": int, "tap?": str, "modes?": [int], "weights?": {"*": ([NUMBER], type(None))}}],
+}
+"""What is read from verdict.json and band_weights.json, as provenance.misfit reads it."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +174,16 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise RunError(f"no run folder {folder}; expected the --out folder of `freqkd-analyze layers`.")
+    manifest = read_manifest(folder)
+    summary, ratio = (_keyed(schema.read(folder / name), folder / name) for name in ("summary.csv", "ratio.csv"))
     return Run(
         folder=folder,
-        manifest=_json(folder / "manifest.json", required=True),
-        summary=schema.read(folder / "summary.csv"),
-        ratio=schema.read(folder / "ratio.csv"),
+        manifest=manifest,
+        summary=summary,
+        ratio=ratio,
         convergence=_convergence(folder / "convergence.csv"),
-        weights=_json(folder / "band_weights.json"),
-        verdict=_json(folder / "verdict.json"),
+        weights=_weights(folder / "band_weights.json"),
+        verdict=_derived(folder / "verdict.json", _VERDICT),
     )
 
 
@@ -257,18 +279,21 @@ def text(value: Any) -> str:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
-def _json(path: Path, required: bool = False) -> dict[str, Any]:
-    if not path.is_file():
-        if required:
-            raise RunError(f"no {path.name} in {path.parent}; expected the folder of a finished layers run.")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} is not readable JSON ({error}); run `freqkd-analyze layers` again.") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds a {type(value).__name__}, expected an object; run `freqkd-analyze layers` again.")
-    return value
+def _again(path: Path) -> str:
+    return f"make it again: freqkd-analyze summarize {shlex.quote(str(path.parent))}"
+
+
+def _derived(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    return read_object(path, shape, _again(path)) if path.is_file() else {}
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    weights = _derived(path, _WEIGHTS)
+    bands = weights.get("bands", {})
+    counts = [len(bands.get(key, [])) for key in ("names", "f_lo", "f_hi")]
+    if len(set(counts)) > 1 or (weights and not counts[0]):
+        raise RunError(f"{path}: expected a name, f_lo and f_hi a band, got {counts} of them; {_again(path)}")
+    return weights
 
 
 def _convergence(path: Path) -> pd.DataFrame | None:
@@ -276,6 +301,23 @@ def _convergence(path: Path) -> pd.DataFrame | None:
 
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype={"layer": "str"})
-    schema.check(table, dict.fromkeys(CONVERGENCE_COLUMNS, "float64"), path.name)
+    columns = {c: "str" if c in _KEYS else "float64" for c in CONVERGENCE_COLUMNS}
+    try:
+        table = pd.read_csv(path, dtype=columns)
+    except (OSError, ValueError) as error:  # empty, not UTF-8, no table, or text where numbers belong
+        raise RunError(f"{path} cannot be read as a table ({type(error).__name__}); {_again(path)}") from error
+    schema.check(table, columns, path.name)
+    return _keyed(table, path)
+
+
+def _keyed(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table, after its key columns were found filled and its layers to be numbers or `all`."""
+    if table.empty and path.name != "convergence.csv":  # one sample size may leave no row there
+        raise RunError(f"{path} has no rows; {_again(path)}")
+    for column in [c for c in _KEYS if c in table]:
+        fits = table[column].str.fullmatch(r"\d+|all" if column == "layer" else r".+").fillna(False).astype(bool)
+        if not fits.all():
+            expected = "a number or `all`" if column == "layer" else "text"
+            raise RunError(f'{path}: expected {expected} in column {column}, got "{table[column][~fits].iloc[0]}"; '
+                           f"{_again(path)}")  # fmt: skip
     return table

@@ -108,12 +108,17 @@ def show(content: Any, as_json: bool) -> None:
 
 
 def print_run(run: Path) -> None:
-    """The run's table on stdout, and on stderr where its files are."""
+    """The run's table on stdout (for the preset `paper` the released one too), on stderr where its files are."""
     from rich.console import Console
 
-    from freqkd_analysis.console import console_table
+    from freqkd_analysis.console import console_table, released_table
+    from freqkd_analysis.provenance import read_manifest
 
-    Console(width=None if sys.stdout.isatty() else 160).print(console_table(run))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(console_table(run))
+    manifest = read_manifest(run)
+    if manifest["config"].get("preset") == "paper" and "paired" in manifest.get("conditions", {"paired": {}}):
+        console.print(released_table(run))
     for name in ("ratio.csv", "figures", "report.html"):
         if (run / name).exists():
             say(f"{run / name}")

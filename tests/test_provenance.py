@@ -80,6 +80,11 @@ def test_environment_names_what_ran_and_nobody() -> None:
     assert os.uname().nodename not in text
 
 
+TAP = {"layer": 0, "tap": "blocks.0", "grid": np.array([32, 40]), "stride": 14, "channels": 8}
+NEEDED = {"config": {"bands": "octave:3"}, "data": {}, "taps": [TAP]}
+"""What every reader of a manifest needs."""
+
+
 def _manifest(**sections: object) -> dict:
     return provenance.manifest(
         sections,
@@ -106,40 +111,48 @@ def test_a_part_without_a_home_is_our_own_mistake() -> None:
 
 def test_manifest_survives_the_disk(tmp_path: Path) -> None:
     made = _manifest(
-        config={"data": Path("pairs"), "layers": (1, 2), "seed": np.int64(3), "size": None, "norm": np.bool_(False)},
+        config={
+            "bands": "paper",
+            "data": Path("pairs"),
+            "layers": (1, 2),
+            "seed": np.int64(3),
+            "size": None,
+            "norm": np.bool_(False),
+        },
         data={"scale": np.float32(0.5), "registration_px": float("nan"), "skipped": [{"id": "<é>", "reason": "x"}]},
-        taps=[{"grid": np.array([32, 40])}],
+        taps=[TAP],
     )
     path = provenance.write_manifest(tmp_path / "run", made)
     assert path == tmp_path / "run" / "manifest.json"
     read = provenance.read_manifest(tmp_path / "run")
-    assert read["config"] == {"data": "pairs", "layers": [1, 2], "seed": 3, "size": None, "norm": False}
+    expected = {"bands": "paper", "data": "pairs", "layers": [1, 2], "seed": 3, "size": None, "norm": False}
+    assert read["config"] == expected
     assert read["data"] == {"scale": 0.5, "registration_px": None, "skipped": [{"id": "<é>", "reason": "x"}]}
-    assert read["taps"] == [{"grid": [32, 40]}]
+    assert read["taps"] == [TAP | {"grid": [32, 40]}]
     strict = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert strict == read
 
 
 def test_something_without_a_plain_form_is_refused_and_leaves_the_old_manifest(tmp_path: Path) -> None:
-    provenance.write_manifest(tmp_path, _manifest(config={"pairs": 1}))
+    provenance.write_manifest(tmp_path, _manifest(**NEEDED))
     with pytest.raises(TypeError, match="object"):
-        provenance.write_manifest(tmp_path, _manifest(config={"pairs": object()}))
-    assert provenance.read_manifest(tmp_path)["config"] == {"pairs": 1}
+        provenance.write_manifest(tmp_path, _manifest(**NEEDED | {"config": {"pairs": object()}}))
+    assert provenance.read_manifest(tmp_path)["config"] == NEEDED["config"]
 
 
 def test_a_write_that_fails_leaves_the_old_manifest_and_no_litter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provenance.write_manifest(tmp_path, _manifest(config={"pairs": 1}))
+    provenance.write_manifest(tmp_path, _manifest(**NEEDED))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        provenance.write_manifest(tmp_path, _manifest(config={"pairs": 2}))
+        provenance.write_manifest(tmp_path, _manifest(**NEEDED | {"config": {"bands": "paper"}}))
     monkeypatch.undo()
-    assert provenance.read_manifest(tmp_path)["config"] == {"pairs": 1}
+    assert provenance.read_manifest(tmp_path)["config"] == NEEDED["config"]
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -149,7 +162,9 @@ def test_a_write_that_fails_leaves_the_old_manifest_and_no_litter(
         (None, "no manifest.json in .*expected the folder of"),
         ('{"schema": 1', "not readable JSON"),
         ('{"schema": 0}', "expected schema 1, got 0"),
-        ("[]", "expected schema 1, got None"),
+        ("[]", "expected an object, got a list"),
+        ('{"schema": 99}', "expected schema 1, got 99"),
+        ('{"schema": 1}', "expected config, got none"),
         (b"\xff\xfe", "not readable JSON"),
     ],
 )

@@ -18,11 +18,12 @@ from fake_run import fake_run
 from rich.console import Console
 
 from freqkd_analysis import schema
-from freqkd_analysis.console import console_table
+from freqkd_analysis.console import console_table, released_table
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.methods_text import write_methods
 from freqkd_analysis.report import write_report
-from freqkd_analysis.runfolder import beside, read_run
+from freqkd_analysis.runfolder import beside, number, read_run
+from freqkd_analysis.terminal import print_run
 
 NASTY = "set00/<script>alert(1)</script> & $x$ \"quoted'.jpg"
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -208,7 +209,9 @@ def test_missing_controls_and_tables_are_said_not_shown_empty(tmp_path: Path) ->
 
 def test_a_bare_manifest_gives_not_recorded_instead_of_an_error(tmp_path: Path) -> None:
     folder = fake_run(tmp_path, layers=1)
-    (folder / "manifest.json").write_text("{}")
+    tap = {"layer": 0, "tap": "blocks.0", "grid": [16, 16], "stride": 14, "channels": 8}
+    needed = {"schema": 1, "config": {"bands": "linear:3"}, "data": {}, "taps": [tap]}
+    (folder / "manifest.json").write_text(json.dumps(needed))
     text = Page(report(folder)).text
     assert text.count("not recorded") > 15
     methods = write_methods(folder).read_text()
@@ -221,6 +224,27 @@ def test_methods_follow_the_settings(tmp_path: Path) -> None:
                   "22,056,576 parameters", "448 x 448 pixels by crop", "was not applied", "linear:5", "draws: 2,000",
                   "b3 \\[0.424, 0.566)", "shifted (1, 2, 4, 8 px)", "torch 2.14.0", "seed 0"):  # fmt: skip
         assert words in methods, words
+
+
+def test_methods_say_where_the_mean_maps_come_from(tmp_path: Path) -> None:
+    methods = write_methods(fake_run(tmp_path / "a", layers=1)).read_text()
+    assert "over at most 10 pairs, spread over the groups, of the other fold" in methods  # control_pairs is 20
+    assert "two folds" in methods and "no group enters its own mean" in methods
+    assert "over the sample" not in methods
+    alone = write_methods(fake_run(tmp_path / "b", layers=1, conditions=["paired", "shuffled"])).read_text()
+    assert "folds" not in alone
+
+
+@pytest.mark.parametrize("window, conditions, said", [
+    ("none", None, False), ("hann", None, True), ("dct", None, True), ("hann", ["paired"], False)])  # fmt: skip
+def test_methods_say_that_pixels_have_no_window(
+    tmp_path: Path, window: str, conditions: list[str] | None, said: bool
+) -> None:
+    folder = fake_run(tmp_path, layers=1, conditions=conditions)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["window"] = window
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert ("window was not applied to the pixels control" in write_methods(folder).read_text()) == said
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -264,6 +288,39 @@ def test_the_console_table_has_a_row_a_layer_and_all_last(tmp_path: Path) -> Non
     assert "modes low, high" in render(folder, measure="mse") and "modes" not in render(folder)
     with pytest.raises(RunError, match='Did you mean "cosine"'):
         console_table(folder, measure="cosin")
+
+
+@pytest.mark.parametrize("preset, shown", [("paper", True), (None, False), ("", False)])
+def test_the_preset_paper_shows_the_released_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str | None, shown: bool
+) -> None:
+    folder = fake_run(tmp_path, layers=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["preset"] = preset
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    print_run(folder)
+    out = capsys.readouterr().out
+    assert ("nmse high / low" in out) == shown
+    assert "calibrated" in out, "the main table stays"
+    if not shown:
+        return
+    lines = [line.split() for line in re.sub("[│┃]", " ", out[out.index("FreqKD release") :]).splitlines()]
+    lines = [cells for cells in lines if len(cells) == 10]
+    ratio = schema.read(folder / "ratio.csv").query("condition == 'paired'").set_index(["layer", "measure"])
+    for cells, layer in zip(lines, ("0", "1", "all"), strict=True):
+        expected = [ratio.loc[(layer, m), c] for m in ("mse", "nmse", "cosine") for c in ("low", "high", "ratio")]
+        assert cells == [layer, *map(number, expected)]
+
+
+def test_the_released_table_without_its_rows(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path, layers=1)
+    ratio = schema.read(folder / "ratio.csv")
+    schema.write(ratio[ratio["measure"] != "nmse"], folder / "ratio.csv")
+    table = released_table(folder)
+    assert [next(iter(column.cells)).plain for column in table.columns[4:7]] == ["–"] * 3
+    schema.write(ratio[ratio["condition"] != "paired"], folder / "ratio.csv")
+    with pytest.raises(RunError, match="no rows of condition paired"):
+        released_table(folder)
 
 
 def test_tables_that_summarize_wrote_are_understood(tmp_path: Path) -> None:

@@ -197,11 +197,19 @@ def test_wrong_options_write_nothing(run, tmp_path, options, error, says):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"config": {"bands": "octave:3"}, "taps": []}'])
-def test_a_folder_that_is_no_run_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "no manifest.json in"),
+        ("{", "not readable JSON"),
+        ("[]", "expected an object, got a list"),
+        ('{"schema": 1, "config": {"bands": "octave:3"}, "data": {}, "taps": []}', "expected taps, got an empty list"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(tmp_path, content, says):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(RunError, match="expected a manifest with taps and bands"):
+    with pytest.raises(RunError, match=says):
         summary.summarize(tmp_path)
 
 
