@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freqkd_analysis import statistics
+from freqkd_analysis import schema, statistics
 from freqkd_analysis.divergence import DIVERGENCES, Cube
 from freqkd_analysis.errors import FreqkdError, RunError
 from freqkd_analysis.statistics import Array, Interval
@@ -24,9 +24,8 @@ from freqkd_analysis.statistics import Array, Interval
 if TYPE_CHECKING:
     import pandas as pd
 
-QUESTIONS = ("mean_removed", "paired")
-"""The conditions that get a verdict, the primary one first."""
-PRIMARY = "cosine"
+PRIMARY, QUESTIONS = schema.PRIMARY_MEASURE, schema.PRIMARY_CONDITIONS
+"""The primary measure, and the conditions that get a verdict, the primary one first."""
 
 BEYOND = 1.25
 """A shift beyond the largest tested one is carried as this multiple of it and written as `> 8`."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from freqkd_analysis.bands import FINE, Atoms, Bands
 from freqkd_analysis.errors import BandsError, FreqkdError, RunError, nearest
+from freqkd_analysis.schema import condition_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +33,6 @@ ROUNDING = 1e-13
 
 BAND_NAMES = ("low", *(f"b{k}" for k in range(1, FINE)), "mid", "high", "all")
 """Every name that Bands gives, by frequency."""
-
-CONDITION_ORDER = (
-    "paired", "shuffled", "mean_removed", "mean_removed_shuffled",
-    "shifted", "grey", "inverted", "blur", "noise", "random", "pixels", "without_artefacts",
-)  # fmt: skip
 
 
 def _where(valid: Array, value: Array) -> Array:
@@ -191,7 +187,7 @@ def band_table(
     import pandas as pd
 
     names = chosen(measures)
-    conditions, condition = _sorted_codes(spectra["condition"], _condition_key)
+    conditions, condition = _sorted_codes(spectra["condition"], condition_order)
     pairs, pair = _sorted_codes(spectra["pair"], str)
     groups = _group_of_pair(spectra["group"], pair, len(pairs))
     by_layer = {int(tap["layer"]): tap for tap in taps}
@@ -286,15 +282,6 @@ class _Layer:
 _OTHER = "was the run made with other bands or layers than its manifest says? Run `freqkd-analyze layers` again."
 
 
-def _condition_key(name: str) -> tuple[int, float, str]:
-    stem, _, amount = name.partition(":")
-    place = CONDITION_ORDER.index(stem) if stem in CONDITION_ORDER else len(CONDITION_ORDER)
-    try:
-        return place, float(amount or 0), name
-    except ValueError:
-        return place, 0.0, name
-
-
 def _sorted_codes(column: pd.Series, key: Callable[[str], Any]) -> tuple[list[str], Array]:
     """Distinct names in the order of `key`, and each row's place among them."""
     import pandas as pd
@@ -351,7 +338,7 @@ def stacked(pieces: Sequence[Cube]) -> Cube:
     first = pieces[0]
     assert all((p.layers, p.bands, p.measures) == (first.layers, first.bands, first.measures) for p in pieces)
     result = Cube(first.layers, first.bands, first.measures, {}, {}, {})
-    for name in sorted({name for piece in pieces for name in piece.values}, key=_condition_key):
+    for name in sorted({name for piece in pieces for name in piece.values}, key=condition_order):
         having = [piece for piece in pieces if name in piece.values]
         pairs = [pair for piece in having for pair in piece.pairs[name]]
         groups = [group for piece in having for group in piece.groups[name]]
@@ -368,7 +355,7 @@ def cube(table: pd.DataFrame) -> Cube:
     """Dense arrays of a divergence table, whatever the order of its rows. Bands are ordered by frequency."""
     bands, band = _sorted_codes(table["band"], BAND_NAMES.index)
     measures, measure = _sorted_codes(table["measure"], lambda m: [*MEASURES, m].index(m))
-    conditions, condition = _sorted_codes(table["condition"], _condition_key)
+    conditions, condition = _sorted_codes(table["condition"], condition_order)
     pairs, pair = _sorted_codes(table["pair"], str)
     groups = _group_of_pair(table["group"], pair, len(pairs))
     layers, layer = np.unique(table["layer"].to_numpy(), return_inverse=True)

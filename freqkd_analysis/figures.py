@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from freqkd_analysis import plots, schema
 from freqkd_analysis.divergence import MEASURES, ROUNDING
 from freqkd_analysis.errors import RunError
-from freqkd_analysis.runfolder import CEILINGS, Run, condition_order, number, read_run, rows
+from freqkd_analysis.runfolder import CEILINGS, Run, number, read_run, rows
+from freqkd_analysis.schema import condition_order
 
 if TYPE_CHECKING:
     import pandas as pd

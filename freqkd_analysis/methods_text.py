@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from freqkd_analysis import schema
-from freqkd_analysis.runfolder import CEILINGS, MISSING, Run, condition_order, number, read_run
+from freqkd_analysis.runfolder import CEILINGS, MISSING, Run, number, read_run
+from freqkd_analysis.schema import condition_order
 
 MEASURE_WORDS = {
     "cosine": "1 - R / sqrt(Pa Pb) (0 same, 1 unrelated, 2 opposite)",

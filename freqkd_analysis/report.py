@@ -20,10 +20,8 @@ from freqkd_analysis.methods_text import condition_words, methods_paragraphs, wr
 from freqkd_analysis.runfolder import (
     CEILINGS,
     MISSING,
-    PRIMARY_CONDITIONS,
     Run,
     beside,
-    condition_order,
     interval,
     measured,
     number,
@@ -31,6 +29,7 @@ from freqkd_analysis.runfolder import (
     rows,
     text,
 )
+from freqkd_analysis.schema import PRIMARY_CONDITIONS, condition_order
 from freqkd_analysis.statistics import FEW_GROUPS
 
 __all__ = ["write_methods", "write_report"]

@@ -16,13 +16,10 @@ from typing import TYPE_CHECKING, Any
 from freqkd_analysis import schema
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.provenance import NUMBER, read_manifest, read_object
+from freqkd_analysis.schema import CONVERGENCE, PRIMARY_CONDITIONS, PRIMARY_MEASURE
 
 if TYPE_CHECKING:
     import pandas as pd
-
-PRIMARY_MEASURE = "cosine"
-PRIMARY_CONDITIONS = ("mean_removed", "paired")
-"""The measure and condition fixed before looking: the first of these conditions that the run holds."""
 
 CEILINGS = {"mean_removed": "mean_removed_shuffled", "mean_removed_shuffled": "mean_removed_shuffled"}
 """The condition that says "unrelated scenes" for another one; `shuffled` for all that are not listed.
@@ -30,13 +27,7 @@ CEILINGS = {"mean_removed": "mean_removed_shuffled", "mean_removed_shuffled": "m
 None for `random`, `pixels` and `without_artefacts`: they are other features than those that were shuffled.
 """
 
-CONDITION_ORDER = ("paired", "mean_removed", "shuffled", "mean_removed_shuffled", "without_artefacts", "shifted",
-                   "mean_removed_shifted", "grey", "inverted", "blur", "noise", "mean_removed_noise", "random",
-                   "pixels")  # fmt: skip
-"""The order in which figures, tables and text list the conditions (stems, without an amount)."""
-
 _KEYS = ("condition", "layer", "band", "measure")
-CONVERGENCE_COLUMNS = ["condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high"]
 MISSING = "not recorded"
 
 _ENDS = ([NUMBER, NUMBER], type(None))
@@ -219,21 +210,6 @@ def beside(run: Run, condition: str, layer: str) -> dict[str, Any]:
     return found
 
 
-def condition_order(name: str) -> tuple[int, float, str]:
-    """Sort key of a condition: the question and its ceiling, then the controls; amounts ascend; unknown ones last.
-
-    Example:
-        >>> sorted(["noise", "shifted:16", "shifted:4", "mine", "paired"], key=condition_order)
-        ['paired', 'shifted:4', 'shifted:16', 'noise', 'mine']
-    """
-    stem, _, amount = name.partition(":")
-    place = CONDITION_ORDER.index(stem) if stem in CONDITION_ORDER else len(CONDITION_ORDER)
-    try:
-        return place, float(amount or 0), name
-    except ValueError:
-        return place, math.inf, name
-
-
 def layer_order(layer: Any) -> float:
     """Sort key of a layer: its number; `all` comes last."""
     text = str(layer)
@@ -301,7 +277,7 @@ def _convergence(path: Path) -> pd.DataFrame | None:
 
     if not path.is_file():
         return None
-    columns = {c: "str" if c in _KEYS else "float64" for c in CONVERGENCE_COLUMNS}
+    columns = {c: "str" if c in _KEYS else "float64" for c in CONVERGENCE}
     try:
         table = pd.read_csv(path, dtype=columns)
     except (OSError, ValueError) as error:  # empty, not UTF-8, no table, or text where numbers belong

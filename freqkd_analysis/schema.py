@@ -6,6 +6,7 @@ temporary name beside the target and is renamed, so that a table on disk is alwa
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,18 @@ SIMILARITY = {
 }  # fmt: skip
 """Optional CKA and MMD over images, each beside its null."""
 
+CONVERGENCE = ("condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high")
+"""Columns of convergence.csv."""
+
+PRIMARY_MEASURE = "cosine"
+PRIMARY_CONDITIONS = ("mean_removed", "paired")
+"""The measure and condition fixed before looking: the first of these conditions that the run holds."""
+
+CONDITION_ORDER = ("paired", "mean_removed", "shuffled", "mean_removed_shuffled", "without_artefacts", "shifted",
+                   "mean_removed_shifted", "grey", "inverted", "blur", "noise", "mean_removed_noise", "random",
+                   "pixels")  # fmt: skip
+"""The order in which figures, tables and text list the conditions (stems, without an amount)."""
+
 TABLES = {
     "spectra.parquet": SPECTRA,
     "coherence.parquet": COHERENCE,
@@ -68,6 +81,21 @@ TABLES = {
     "ratio.csv": RATIO,
     "similarity.csv": SIMILARITY,
 }
+
+
+def condition_order(name: str) -> tuple[int, float, str]:
+    """Sort key of a condition: the question and its ceiling, then the controls; amounts ascend; unknown ones last.
+
+    Example:
+        >>> sorted(["noise", "shifted:16", "shifted:4", "mine", "paired"], key=condition_order)
+        ['paired', 'shifted:4', 'shifted:16', 'noise', 'mine']
+    """
+    stem, _, amount = name.partition(":")
+    place = CONDITION_ORDER.index(stem) if stem in CONDITION_ORDER else len(CONDITION_ORDER)
+    try:
+        return place, float(amount or 0), name
+    except ValueError:
+        return place, math.inf, name
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from freqkd_analysis.statistics import Array, Interval
 if TYPE_CHECKING:
     import pandas as pd
 
-CONVERGENCE = ("condition", "layer", "band", "measure", "n", "groups", "width", "ci_low", "ci_high")
 NOTE = (
     "neighbouring layers share the residual stream: agreement of layers is not independent confirmation; "
     "`all` is the arithmetic mean over layers"
@@ -238,7 +237,7 @@ def _convergence(values: Cube, draws: int, seed: int) -> pd.DataFrame:
                 for i, (low, high) in enumerate(zip(got.low, got.high, strict=True)):
                     band = (values.bands[values.low], values.bands[values.high], "ratio")[i % 3]
                     records.append((condition, names[i // 3], band, measure, n, units, high - low, low, high))
-    return pd.DataFrame(records, columns=list(CONVERGENCE))
+    return pd.DataFrame(records, columns=list(schema.CONVERGENCE))
 
 
 def _ends(interval: Interval, row: int) -> list[float | None]:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = """
     errors
     schema
-    provenance  runfolder
+    provenance
+    runfolder
     bands  statistics  data.records  data.decode  data.world  data.textures  data.painter
     spectral  divergence  features  conditions  data.listing  data.things  data.sensors
     calibration  spectrometer  shards  plan  data.scenes

@@ -276,7 +276,7 @@ def test_cube_holds_what_the_table_holds():
     )
     cube = divergence.cube(table.sample(frac=1, random_state=0))
     assert (cube.layers, cube.bands, cube.low, cube.high) == ((0, 1), ("low", "mid", "high"), 0, 2)
-    assert list(cube.values)[:2] == ["paired", "shuffled"] and len(cube.pairs["grey"]) == 3
+    assert list(cube.values)[:2] == ["paired", "mean_removed"] and len(cube.pairs["grey"]) == 3
     row = table[(table["condition"] == "grey") & (table["pair"] == "p002") & (table["layer"] == 1)]
     row = row[(row["band"] == "mid") & (row["measure"] == "nmse")]
     assert cube.of("grey", "nmse")[2, 1, 1] == row["value"].iloc[0]

@@ -228,7 +228,7 @@ def test_groups_unknown_are_said(tmp_path):
 
 def test_convergence_holds_both_ends_and_the_ratio(run):
     table = pd.read_csv(run / "convergence.csv")
-    assert tuple(table.columns) == summary.CONVERGENCE
+    assert tuple(table.columns) == schema.CONVERGENCE
     assert set(table["band"]) == {"low", "high", "ratio"} and set(table["n"]) == {40}
     rows = table.query("condition == 'paired' and measure == 'cosine' and layer == 'all' and band == 'high'")
     means = schema.read(run / "summary.csv")
