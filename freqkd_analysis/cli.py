@@ -130,12 +130,11 @@ def models(
     Example: freqkd-analyze models resnet50
     """
     from freqkd_analysis import inspection, options, terminal
-    from freqkd_analysis import models as networks
 
     if pattern and not any(mark in pattern for mark in "*?["):
         terminal.show(inspection.network(pattern, options.size(size)), as_json)
         return
-    rows = networks.listing(pattern)
+    rows = inspection.networks(pattern, options.size(size))
     if not rows:
         raise FreqkdError(f'no network matches "{pattern}"; expected a timm name or glob such as "vit_small*".')
     terminal.show(rows, as_json)

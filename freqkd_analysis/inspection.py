@@ -11,7 +11,7 @@ import torch
 
 from freqkd_analysis import models, provenance
 from freqkd_analysis.bands import Bands
-from freqkd_analysis.features import find_taps
+from freqkd_analysis.features import find_taps, layer_names, reductions
 
 
 def network(name: str, size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -24,6 +24,19 @@ def network(name: str, size: tuple[int, int]) -> list[dict[str, Any]]:
         row = {"layer": tap.layer, "tap": tap.tap, "grid": f"{tap.grid[0]}x{tap.grid[1]}", "stride": tap.stride}
         rows.append(row | {"channels": tap.channels, "prefix tokens": tap.prefix}
                     | {f"{name} modes": count for name, count in modes.items()})  # fmt: skip
+    return rows
+
+
+def networks(pattern: str, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Networks that `models.listing` finds; those with weights at hand with layers, grids, strides and channels."""
+    rows = models.listing(pattern)
+    for row in rows if not pattern else ():
+        with torch.device("meta"):  # shapes alone: no memory, no arithmetic
+            bare = models.architecture(row["name"])
+        strides = reductions(bare)
+        channels = dict.fromkeys(int(entry["num_chs"]) for entry in bare.feature_info)  # type: ignore[union-attr]
+        row |= {"layers": len(layer_names(bare)), "grid": " ".join(f"{size[0] // s}x{size[1] // s}" for s in strides),
+                "stride": " ".join(map(str, strides)), "channels": " ".join(map(str, channels))}  # fmt: skip
     return rows
 
 

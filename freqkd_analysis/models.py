@@ -124,6 +124,11 @@ def _build(name: str, size: tuple[int, int] | None, pretrained: bool = False) ->
     return make(**arguments).eval()
 
 
+def architecture(name: str) -> nn.Module:
+    """The bare network, untrained, at its own input size."""
+    return _build(name, None)
+
+
 def _network(name: str, model: nn.Module, size: tuple[int, int] | None, source: str, trained: bool = True,
              sha256: str = "", notice: str = "") -> Network:  # fmt: skip
     config = getattr(model, "pretrained_cfg", {})
@@ -269,12 +274,11 @@ def listing(pattern: str = "") -> list[dict[str, Any]]:
     import timm
     from huggingface_hub import try_to_load_from_cache
 
-    rows = [{"name": demo.NAME, "weights": "demo"}]
-    if packaged(_LITE0):
-        rows.append({"name": _LITE0, "weights": "packaged"})
+    shipped = [(demo.NAME, "demo"), *([(_LITE0, "packaged")] if packaged(_LITE0) else [])]
+    rows = [{"name": name, "weights": kind} for name, kind in shipped if fnmatch.fnmatch(name, pattern or "*")]
     pretrained = set(timm.list_pretrained())
     names = timm.list_pretrained() if not pattern else fnmatch.filter([*timm.list_models(), *pretrained], pattern)
-    for name in sorted(set(names)):
+    for name in sorted(set(names) - {row["name"] for row in rows}):
         repository = getattr(_config(name), "hf_hub_id", None)
         cached = repository and isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
         if cached or pattern:
