@@ -151,13 +151,13 @@ def bca(estimate: Array, draws: Array, jackknife: Array, effective: float | None
     `effective`, the number of equally large groups that are worth as much (`Units.effective`); all by default.
     Where bias or acceleration has no value (no spread, all draws on one side, a jackknife value missing) the limits
     are plain percentiles and `method` says so. A statistic without a value, or with under half of its draws finite,
-    gets NaN and "none".
+    gets NaN and "none"; so does everything on two groups, whose three possible draws make no interval.
     """
     estimate, draws, jackknife = np.atleast_1d(estimate), np.atleast_2d(draws), np.atleast_2d(jackknife)
     n_groups = len(jackknife)
     draws = np.sort(np.where(np.isfinite(draws), draws, np.nan), axis=0)  # NaN goes last
     valid = np.sum(~np.isnan(draws), axis=0)
-    usable = np.isfinite(estimate) & (valid * 2 > len(draws)) & (n_groups > 1)
+    usable = np.isfinite(estimate) & (valid * 2 > len(draws)) & (n_groups > 2)
     tail = _tail(n_groups if effective is None else effective)
     with np.errstate(divide="ignore", invalid="ignore"):
         below = np.sum(draws < estimate, axis=0) + 0.5 * np.sum(draws == estimate, axis=0)

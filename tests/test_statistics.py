@@ -188,3 +188,12 @@ def test_null_stays_null(groups):
         sums, _ = statistics.group_sums(gap[:, None], index, groups)
         rejected += statistics.sign_flip(sums, seed=i)[0] <= 0.05
     assert 0.03 <= rejected / n <= 0.07
+
+
+def test_two_groups_make_no_interval(rng):
+    """Their bootstrap has three outcomes, and two mirrored groups would give an interval of no width."""
+    for count, known in ((2, False), (3, True)):
+        sums = np.column_stack([rng.random(count) + 1, np.ones(count)])
+        got = statistics.interval(sums, lambda t: t[..., :1] / t[..., 1:], statistics.bootstrap_weights(count))
+        assert np.isfinite(got.estimate).all() and bool(np.isfinite(got.low)[0]) is known
+        assert (got.method[0] == "none") is not known
