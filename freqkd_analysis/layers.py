@@ -191,8 +191,9 @@ def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[
                 "conditions": gathered["conditions"],
                 "artefacts": gathered["artefacts"]}  # fmt: skip
     environment = provenance.environment(bench.device, torch.get_num_threads())
-    provenance.write_manifest(run, provenance.manifest(sections, environment=environment, started=started,
-                                                       seconds=seconds, command=command))  # fmt: skip
+    made = provenance.manifest(sections, environment=environment, started=began["started"], seconds=seconds,
+                               command=began["command"])  # fmt: skip
+    provenance.write_manifest(run, made | {"commit": began["commit"]})
 
 
 def tables_and_report(run: Path, say: Say = lambda text: None) -> dict[str, Any]:
@@ -215,7 +216,8 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
         progress: Callable[[int], contextlib.AbstractContextManager[measure.Progress]],
         command: Sequence[str]) -> dict[str, Any] | None:  # fmt: skip
     """The whole job. Returns the verdict, or None in a process that is not the first."""
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    clock, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    began = {"started": started, "commit": provenance.commit(), "command": list(command)}  # not those of the end
     rank, world = process()
     with joined(world) as meet:
         job = prepare(settings, machine, say if rank == 0 else lambda text: None)
@@ -226,7 +228,7 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
             measure_all(job, out, step, meet)
         if rank != 0:
             return None
-        finish(job, out, started, time.monotonic() - clock, command, machine)
+        finish(job, out, began, time.monotonic() - clock, machine)
     verdict = tables_and_report(out, say)
     shutil.rmtree(out / shards.FOLDER)
     return verdict
