@@ -161,8 +161,11 @@ def _check_bad(job: Job, bad: Set[str]) -> None:
                         f"{min(bad)}. See them all: freqkd-analyze data verify {job.settings.data}")  # fmt: skip
 
 
-def finish(job: Job, run: Path, started: str, seconds: float, command: Sequence[str], machine: Machine) -> None:
-    """Merge the shards into spectra.parquet and coherence.parquet and write the manifest."""
+def finish(job: Job, run: Path, began: dict[str, Any], seconds: float, machine: Machine) -> None:
+    """Merge the shards into spectra.parquet and coherence.parquet and write the manifest.
+
+    began: `started`, `commit` and `command`, as they were when the run began.
+    """
     bench, names = job.bench, [block.name for block in job.plan.blocks if block.kind != "mean"]
     atoms = {layer: bands.atoms() for layer, bands in bench.bands.items()}
     lows, highs = ({layer: getattr(a, side) for layer, a in atoms.items()} for side in ("f_lo", "f_hi"))
