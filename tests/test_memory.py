@@ -11,7 +11,10 @@ import pytest
 CODE = """
 import resource, sys
 from freqkd_analysis import cli
-cli.main(sys.argv[1:])
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
