@@ -207,6 +207,7 @@ def test_models_list_layers_doctor_and_data_list(capsys):
     assert demo == {"name": "freqkd_demo", "weights": "demo", "layers": 8, "grid": "14x14", "stride": "16",
                     "channels": "160"}  # fmt: skip
     assert "freqkd_demo" not in call(capsys, "models", "resnet1?")[1]
+    assert 'no network matches "no-such-*"' in refused(capsys, "models", "no-such-*")
     rows = json.loads(call(capsys, "models", "resnet18", "--json")[1])
     assert [row["stride"] for row in rows] == [2, 4, 8, 16, 32]
     assert 'Did you mean "resnet18"' in refused(capsys, "models", "resnet1B")
