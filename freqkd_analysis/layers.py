@@ -207,7 +207,7 @@ def tables_and_report(run: Path, say: Say = lambda text: None) -> dict[str, Any]
     from freqkd_analysis.summary import summarize
 
     say("tables")
-    verdict = summarize(run, seed=int(provenance.read_manifest(run)["config"]["seed"]))
+    verdict = summarize(run)
     say("figures and report")
     write_figures(run)
     write_methods(run)

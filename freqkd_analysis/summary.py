@@ -35,7 +35,7 @@ def summarize(
     bands: str | None = None,
     measures: Iterable[str] | None = None,
     draws: int = statistics.DRAWS,
-    seed: int = 0,
+    seed: int | None = None,
     floor: str = "none",
     out: Path | None = None,
 ) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def summarize(
         bands: another band text, see Bands.parse; the run's own by default.
         measures: names of divergence.MEASURES; those of the manifest by default, else all. The primary
             measure and the energies are always computed.
-        draws, seed: of bootstrap and sign-flip test.
+        draws, seed: of bootstrap and sign-flip test; the run's own seed by default.
         floor: of the calibration: `none`, `noise`, `shifted` (the measured registration) or `shifted:PIXELS`.
         out: where to write; the run, or RUN/rebanded-<bands> for other bands, so that nothing is overwritten.
     Raises: RunError, BandsError, FreqkdError, each in one line.
     """
     manifest = provenance.read_manifest(run)
-    own = str(manifest["config"]["bands"])
+    own, seed = str(manifest["config"]["bands"]), int(manifest["config"].get("seed", 0) if seed is None else seed)
     text, taps = bands or own, manifest["taps"]
     target = out or target_folder(run, text)
     _check_bands(manifest, text, own, target == run)
@@ -129,10 +129,8 @@ def _slug(text: str) -> str:
 
 
 def _measures(measures: Iterable[str] | None, manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    wanted = measures if measures is not None else manifest["config"].get("measure")
-    if isinstance(wanted, str):
-        wanted = [name.strip() for name in wanted.split(",") if name.strip()]
-    wanted = [name for name in wanted or () if name != "all"]
+    """Those asked for, else those of the run; none named means all."""
+    wanted = manifest["config"].get("measure") if measures is None else measures
     return chosen(wanted or None)
 
 

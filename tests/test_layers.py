@@ -55,7 +55,10 @@ def test_other_bands_never_overwrite_the_run(scenes, tmp_path):  # noqa: F811
 
 def test_the_seed_reaches_the_resampling(scenes, tmp_path):  # noqa: F811
     made = run(settings(scenes, **FEW, seed=5), tmp_path / "run")
-    assert json.loads((made / "verdict.json").read_text())["statistics"]["seed"] == 5
+    before = (made / "verdict.json").read_bytes()
+    assert json.loads(before)["statistics"]["seed"] == 5
+    summary.summarize(made)  # again by itself: the run's own seed, the same bytes
+    assert (made / "verdict.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(("geometry", "size"), [("crop", [224, 320]), ("pad", [256, 320])])
