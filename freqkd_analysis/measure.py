@@ -247,7 +247,7 @@ def control_block(bench: Bench, block: Block, run: Path, progress: Progress) -> 
         for _, a, b in compared:
             unique += [image for image in (a, b) if not any(image is old for old in unique)]
         places = [(_place(unique, a), _place(unique, b)) for _, a, b in compared]
-        _in_parts(bench, unique, extras.sink(pair_at=(0, 1), places=places))
+        _in_parts(bench, unique, extras.sink(places))
         if "random" in asked and bench.twin is not None:
             bench.forward(pair, extras.twin_sink(), bench.twin)
         extras.images(*(bench.grey(view) for view in pair))
@@ -286,27 +286,32 @@ class _Extras:
         self.described: dict[int, list[np.ndarray]] = {}
         self.shifts: list[tuple[float, float, float]] = []
 
-    def sink(self, pair_at: tuple[int, int], places: list[tuple[int, int]]) -> Callable[[Tap, Tensor], None]:
+    def sink(self, places: list[tuple[int, int]]) -> Callable[[Tap, Tensor], None]:
+        """For a forward of a pair's images, the visible one first, the infrared one second, then the controls'.
+
+        places: the two images of each comparison.
+        """
+
         def sink(tap: Tap, maps: Tensor) -> None:
-            meter, (rgb, ir) = self.bench.meters[tap.layer], pair_at
+            meter = self.bench.meters[tap.layer]
             for a, b in places:
                 meter.measure(maps[a], maps[b])
             if places:
                 self.compared[tap.layer].append(meter.collect()["energies"])
-            self._coherence(tap, maps[rgb], maps[ir])
+            self._coherence(tap, maps[0], maps[1])
             if self.bench.plan.settings.cka or self.bench.plan.settings.mmd:
-                amplitudes = [meter.band_amplitudes(maps[place]) for place in pair_at]
+                amplitudes = [meter.band_amplitudes(maps_NC) for maps_NC in maps[:2]]
                 self.described.setdefault(tap.layer, []).append(np.stack(amplitudes))
             if self.bench.plan.wants("without_artefacts"):
-                self._artefacts(tap, maps[[rgb, ir]])
+                self._artefacts(tap, maps[:2])
 
-        return sink  # fmt: skip
+        return sink
 
     def twin_sink(self) -> Callable[[Tap, Tensor], None]:
         def sink(tap: Tap, maps: Tensor) -> None:
             self._measured("random", tap, maps[0], maps[1])
 
-        return sink  # fmt: skip
+        return sink
 
     def _measured(self, condition: str, tap: Tap, x_NC: Tensor, y_NC: Tensor) -> None:
         meter = self.bench.meters[tap.layer]
