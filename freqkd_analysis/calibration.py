@@ -206,7 +206,7 @@ def shift_text(px: float, largest: float) -> str:
     return f"> {largest:g}" if px > largest else f"{px:.3g}"
 
 
-class _Means:
+class Means:
     """Mean divergence of several conditions over the same resampled groups."""
 
     def __init__(
@@ -254,7 +254,7 @@ def _geometric(values: Array) -> Array:
         return np.exp(with_all(np.log(values))[..., -1:])
 
 
-class _Scale:
+class Scale:
     """Ceiling, floor and shifted curve of one condition, by the conditions that they need."""
 
     def __init__(self, cube: Cube, condition: str, measure: str, floor: str, registration_px: float | None) -> None:
@@ -319,8 +319,8 @@ def answer(
     A layer has no calibrated number where the interval of its denominator (ceiling minus floor) does not lie above
     0, and no calibrated ratio where that of C_low does not; such layers are left out of `all`.
     """
-    scale = _Scale(cube, condition, measure, floor, registration_px)
-    means = _Means(cube, scale.needed, measure, (cube.low, cube.high), draws, seed)
+    scale = Scale(cube, condition, measure, floor, registration_px)
+    means = Means(cube, scale.needed, measure, (cube.low, cube.high), draws, seed)
     checked = means.each(lambda m: dict(zip(("c", "span"), scale.calibrated(m), strict=True)))
     known = checked["span"].low > 0
     known_ratio = known.all(axis=-1) & (checked["c"].low[..., 0] > 0)
@@ -350,7 +350,7 @@ def answer(
     return Answer(intervals, p, p_fdr, effect, quotients, means.unit, largest, reasons)
 
 
-def _reasons(scale: _Scale, known: Array, known_ratio: Array) -> list[str]:
+def _reasons(scale: Scale, known: Array, known_ratio: Array) -> list[str]:
     if scale.ceiling is None:
         rows = ["no rows of unrelated scenes to calibrate against"] * len(known)
     else:
@@ -372,8 +372,8 @@ def calibrated_bands(
     seed: int = 0,
 ) -> Array:
     """C of every band (L, K), NaN where undetermined or empty."""
-    scale = _Scale(cube, condition, measure, floor, registration_px)
-    means = _Means(cube, scale.needed, measure, range(len(cube.bands)), draws, seed)
+    scale = Scale(cube, condition, measure, floor, registration_px)
+    means = Means(cube, scale.needed, measure, range(len(cube.bands)), draws, seed)
     found = means.each(lambda m: dict(zip(("c", "span"), scale.calibrated(m), strict=True)))
     return np.where(found["span"].low > 0, found["c"].estimate, np.nan)
 

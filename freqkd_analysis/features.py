@@ -266,7 +266,11 @@ class Capture:
 
     @torch.no_grad()
     def run(self, images: Tensor) -> None:
-        """One forward of (M, 3, H, W) normalised images, stopped after the last layer wanted."""
+        """One forward of (M, 3, H, W) normalised images without gradients, stopped after the last layer wanted."""
+        self.forward(images)
+
+    def forward(self, images: Tensor) -> None:
+        """As `run`, in the caller's gradient mode."""
         inner = [tap for tap in self.taps if tap.how == "intermediate"]
         indices = sorted({tap.layer for tap in inner} | {self.last})
         results = _intermediates(self.model)(images, indices=indices, stop_early=True, intermediates_only=True)

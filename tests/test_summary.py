@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import spectra_run
 from spectra_run import KNOWN
 
 from freqkd_analysis import comparison, runfolder, schema, summary
+from freqkd_analysis.calibration import calibrated_bands
+from freqkd_analysis.divergence import cube
 from freqkd_analysis.errors import BandsError, FreqkdError, RunError
 
 WRITTEN = (
@@ -267,3 +270,34 @@ def test_runs_with_other_bands_are_not_compared(run, tmp_path):
     summary.summarize(other, draws=50)
     with pytest.raises(RunError, match=r'same bands, got "octave:3" and "0.25"; run `freqkd-analyze summarize'):
         comparison.compare(run, other)
+
+
+def test_calibrated_divergence_is_compared_too(run):
+    """C of each side as calibration tells it; the difference of a run with itself is 0 with no width."""
+    table = comparison.compare(run, run)
+    rows = table[table["measure"] == comparison.CALIBRATED]
+    values = cube(schema.read(run / "divergence.parquet"))
+    for condition in ("paired", "mean_removed"):
+        got = rows[rows["condition"] == condition]
+        expected = calibrated_bands(values, condition)
+        layered = got[got["layer"] != "all"]
+        np.testing.assert_allclose(layered["a"].to_numpy().reshape(expected.shape), expected, rtol=1e-12)
+        known = got["difference"].notna()
+        assert known.any()
+        assert (got[["difference", "ci_low", "ci_high"]][known] == 0).all(axis=None)
+
+
+def test_calibrated_change_between_runs_is_resampled_together(run, tmp_path):
+    """The question's divergence halved and the ceiling left alone: C halves, and every group agrees."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    table = schema.read(other / "divergence.parquet")
+    question = table["condition"].isin(["paired", "mean_removed"]) & (table["measure"] == "cosine")
+    table.loc[question, "value"] *= 0.5
+    schema.write(table, other / "divergence.parquet")
+    rows = comparison.compare(run, other)
+    got = rows[(rows["measure"] == comparison.CALIBRATED) & (rows["condition"] == "mean_removed")].dropna()
+    assert len(got)
+    np.testing.assert_allclose(got["b"], got["a"] / 2, rtol=1e-9)
+    assert (got["difference"] > 0).all()
+    assert (got["ci_low"] > 0).all()
