@@ -102,7 +102,8 @@ class Bands:
                 input pixel, needs `stride`; a band above the corner has no mode), `split:C` (one ring edge at C of
                 Nyquist), `paper` (disc and ring of the FreqKD paper's analysis, the middle in neither), `released:C`
                 (the half-open rectangle of its released loss; not conjugate-symmetric, so that boundary modes keep
-                half their amplitude in both).
+                half their amplitude in both), `random:SEED` (a control: half of the modes of every radius, `chosen`,
+                and the `rest`).
             grid: rows and columns of tokens.
             stride: input pixels per token.
         Raises: BandsError (a ValueError) with the numbers that do not fit.
@@ -110,6 +111,8 @@ class Bands:
         Example:
             >>> Bands.parse("paper", grid=(37, 46)).modes.tolist()
             [69, 1125]
+            >>> Bands.parse("random:0", grid=(14, 14)).modes.tolist()
+            [98, 98]
         """
         return _parse(text.strip(), (int(grid[0]), int(grid[1])), stride)
 
@@ -271,6 +274,44 @@ def _released(text: str, argument: str, grid: tuple[int, int], stride: int | Non
                  np.where(mask, 0, 1), np.stack([low, 1 - low]), None)  # fmt: skip
 
 
+def _random(text: str, argument: str, grid: tuple[int, int], stride: int | None) -> Bands:
+    """Two halves of the modes that hold about the same energy, since that goes by radius; DC is in the first.
+
+    Groups of modes with one (|u|, |v|), which no real map can tell apart by energy, are dealt in pairs of one size and
+    one radius; what a radius has left over is paired with what the next one has. A coin decides each pair.
+    """
+    if not (argument.isascii() and argument.isdigit()):
+        raise BandsError(f'expected random:SEED with a whole number of at least 0, got "{text}".')
+    rng = np.random.default_rng(int(argument))
+    groups: dict[int, list[np.ndarray]] = {}
+    row, column = (np.abs(number) for number in np.broadcast_arrays(*mode_numbers(grid)))
+    squared = _squared(grid)[0]
+    for group in np.unique(np.stack([squared, row, column], -1).reshape(-1, 3), axis=0):
+        groups.setdefault(int(group[0]), []).append((row == group[1]) & (column == group[2]))
+    index, waiting = np.ones(grid, dtype=np.int64), dict[int, np.ndarray]()
+    index[0, 0] = 0
+    for radius in sorted(groups.keys() - {0}):
+        left: dict[int, np.ndarray] = {}
+        for i in rng.permutation(len(groups[radius])):
+            left = _paired(left, groups[radius][i], index, rng)
+        for group in left.values():
+            waiting = _paired(waiting, group, index, rng)
+    for group in waiting.values():
+        index[group] = int((index == 0).sum() > (index == 1).sum() - group.sum())
+    weights = (index == np.arange(2)[:, None, None]).astype(np.float64)
+    return Bands(text, grid, stride, ("chosen", "rest"), np.zeros(2), np.full(2, CORNER), index, weights, None)
+
+
+def _paired(waiting: dict[int, np.ndarray], group: np.ndarray, index: np.ndarray, rng: np.random.Generator,
+            ) -> dict[int, np.ndarray]:  # fmt: skip
+    """`waiting` by size with the group added, or with its partner gone: one of the two is then in band 0."""
+    size = int(group.sum())
+    if size not in waiting:
+        return waiting | {size: group}
+    index[(group, waiting[size])[rng.integers(2)]] = 0
+    return {n: other for n, other in waiting.items() if n != size}
+
+
 _EDGES: dict[str, Callable[[str, tuple[int, int]], tuple[Fraction, ...]]] = {
     "octave": _octave,
     "linear": _linear,
@@ -280,6 +321,7 @@ _EDGES: dict[str, Callable[[str, tuple[int, int]], tuple[Fraction, ...]]] = {
 _SHAPES: dict[str, Callable[[str, str, tuple[int, int], int | None], Bands]] = {
     "paper": _paper,
     "released": _released,
+    "random": _random,
 }
 
 

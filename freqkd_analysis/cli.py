@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -276,26 +274,11 @@ def doctor(as_json: AsJson = False) -> None:
     terminal.show(inspection.doctor(), as_json)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: errors of use become one line and their exit status; SIGTERM ends a run as Ctrl-C does."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app(args=arguments)
-    except FreqkdError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"Error: {error.strerror or error}{where}. What was there before is whole.", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Entry point of `freqkd-analyze`."""
+    from freqkd_analysis import terminal
+
+    terminal.run_app(app, arguments)
 
 
 if __name__ == "__main__":

@@ -65,17 +65,21 @@ def write_figures(run: Path) -> list[Path]:
     """
     drawn, left_out = draw_figures(read_run(run))
     folder = run / "figures"
-    paths = []
-    for figure in drawn:
-        for suffix, content in (("svg", figure.svg.encode()), ("png", figure.png), ("csv", figure.csv.encode())):
-            path = folder / f"{figure.name}.{suffix}"
-            with schema.atomic(path) as temporary:
-                temporary.write_bytes(content)
-            paths.append(path)
+    paths = [path for figure in drawn for path in write_drawn(folder, figure)]
     for name in left_out:
         for suffix in ("svg", "png", "csv"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     schema.write_text(folder / "left_out.json", json.dumps(left_out, indent=1) + "\n")
+    return paths
+
+
+def write_drawn(folder: Path, figure: Drawn) -> list[Path]:
+    """NAME.svg, .png and .csv of one figure, each whole or not at all; the paths."""
+    paths = []
+    for suffix, content in (("svg", figure.svg.encode()), ("png", figure.png), ("csv", figure.csv.encode())):
+        paths.append(folder / f"{figure.name}.{suffix}")
+        with schema.atomic(paths[-1]) as temporary:
+            temporary.write_bytes(content)
     return paths
 
 
@@ -89,13 +93,14 @@ def draw_figures(run: Run, png: bool = True) -> tuple[list[Drawn], dict[str, str
     drawn, left_out = [], {}
     for name, make in FIGURES.items():
         try:
-            drawn.append(_render(name, make(run), png))
+            drawn.append(render(name, make(run), png))
         except Absent as reason:
             left_out[name] = str(reason)
     return drawn, left_out
 
 
-def _render(name: str, drawing: Drawing, png: bool) -> Drawn:
+def render(name: str, drawing: Drawing, png: bool = True) -> Drawn:
+    """One figure as SVG, PNG and CSV; the same drawing gives the same bytes."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

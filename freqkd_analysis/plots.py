@@ -130,6 +130,27 @@ def low_high_by_layer(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     return ax
 
 
+def change_by_layer(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
+    """What changed between two runs by layer, one series a band, with 95 % intervals; a line at 0.
+
+    Args:
+        table: layer (int), band (low to high in order of appearance), difference, ci_low, ci_high.
+    """
+    names = list(dict.fromkeys(table["band"]))
+    for place, name in enumerate(names):
+        part = table[table["band"] == name]
+        shift = 0.24 * (place / max(len(names) - 1, 1) - 0.5)
+        part = part.assign(layer=part["layer"] + shift)
+        colour = (BLUE, GREY, ORANGE)[place] if len(names) == 3 else _viridis(place / max(len(names) - 1, 1))
+        marker = "osD^vP"[place % 6]
+        _with_interval(ax, part, "difference", "ci_low", "ci_high", colour, marker, name)  # type: ignore[arg-type]
+    ax.axhline(0, color=INK, lw=0.6)
+    ax.set_ylabel(f"change of {measure}\n(below 0: closer)")
+    _layer_axis(ax, table["layer"])
+    _legend_below(ax, 3)
+    return ax
+
+
 def ratio_by_layer(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     """High over low by layer on a log axis, raw and calibrated; lines at 1 (equal) and at the paper's 2.4.
 

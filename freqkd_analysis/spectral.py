@@ -12,13 +12,13 @@ Shapes: B images or pairs, C channels, H x W tokens, N = H W, K bands, A atoms.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from freqkd_analysis.bands import Bands
+from freqkd_analysis.bands import Bands, mode_numbers
 from freqkd_analysis.errors import FreqkdError, nearest
 
 STANDARDIZATIONS = ("none", "token", "channel", "released")
@@ -132,6 +132,136 @@ def standardize(x_BNC: Tensor, how: str) -> Tensor:
             return x / variance.masked_fill(constant, 1).sqrt()
         norm = x.norm(dim=2, keepdim=True)
         return x / torch.where(norm > 0, norm, 1)
+
+
+def standardized(x_BNC: Tensor, how: str) -> Tensor:
+    """`standardize` as one step of autograd: the same numbers, the gradient in a fifth of the time.
+
+    Example:
+        >>> x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+        >>> bool((standardized(x, "released") == standardize(x, "released")).all())
+        True
+    """
+    return _Standardized.apply(_real(x_BNC), how) if how in STANDARDIZATIONS[1:] else standardize(x_BNC, how)
+
+
+class _Standardized(torch.autograd.Function):
+    """y = (x - mean) / size, constant channels 0; mean over tokens, size of a channel (`channel`) or of a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNC: Tensor, how: str) -> Tensor:
+        with _island(x_BNC):
+            mean = x_BNC.new_zeros(()) if how == "token" else x_BNC.mean(1, keepdim=True)
+            x, constant = x_BNC - mean, None
+            if how != "token":
+                size = x.square().mean(1, keepdim=True)
+                constant = size <= (16 * torch.finfo(x.dtype).eps * mean).square()
+                size = size.masked_fill(constant, 1).sqrt()
+                if x.device.type != "cpu" or constant.any():  # asking would halt another device
+                    x.masked_fill_(constant, 0)
+            if how != "channel":
+                norm = x.norm(dim=2, keepdim=True)
+                size = torch.where(norm > 0, norm, 1)
+        ctx.how = how
+        ctx.save_for_backward(x.div_(size), size, constant)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor, None]:
+        y, size, constant = ctx.saved_tensors
+        dot = (grad_BNC * y).mean(1, keepdim=True) if ctx.how == "channel" else (grad_BNC * y).sum(2, keepdim=True)
+        grad = torch.addcmul(grad_BNC, y, dot, value=-1).div_(size)
+        if constant is not None:
+            if y.device.type != "cpu" or constant.any():
+                grad.masked_fill_(constant, 0)
+            grad.sub_(grad.mean(1, keepdim=True))
+        return grad, None
+
+
+class BandFilter:
+    """Splits maps into bands through a few real coefficients (`real_basis` along both axes), and takes gradients back.
+
+    Only the rectangle of low modes is computed that the bands before the last reach into. The last of bands that cover
+    the plane is then the rest, x - lift(...) itself: a difference of energies would cancel. Where a mode and its mirror
+    image differ (`released`), their four coefficients are turned so that each belongs to one of the two.
+
+    Shapes: x (B, N, C), N row by row; z (B, h, w, C) coefficients; precision and device are the filter's. rest: which
+    band is the rest, -1 for none. amplitudes: (K, h, w, 1); of the rest what it lacks, negative. pull: (K, h w) the
+    gradient of half a band's energy as amplitudes; the rest keeps a part of modes that it shares.
+
+    Example:
+        >>> split = band_filter(Bands.parse("split:0.5", (8, 8)), torch.float64, torch.device("cpu"))
+        >>> x = torch.ones(1, 64, 2, dtype=torch.float64)
+        >>> [round(float(split.part(x, split.project(x), k).square().sum())) for k in (0, 1)]
+        [128, 0]
+    """
+
+    def __init__(self, bands: Bands, dtype: torch.dtype, device: torch.device) -> None:
+        amplitudes, self.turns, (h, w), self.rest = _amplitudes(bands)
+        self.grid = bands.grid
+        self.rows, self.columns, self.amplitudes, self.turn = (
+            torch.as_tensor(array, dtype=dtype, device=device)
+            for array in (real_basis(self.grid[0])[:h], real_basis(self.grid[1])[:w], amplitudes[..., None], _TURN)
+        )
+        pull = amplitudes * (amplitudes + (np.arange(len(bands)) == self.rest)[:, None, None])
+        self.pull = torch.as_tensor(pull.reshape(len(bands), -1), dtype=torch.float64, device=device)
+
+    def project(self, x_BNC: Tensor) -> Tensor:
+        """(B, h, w, C) the coefficients."""
+        (height, width), h, w, (images, _, channels) = self.grid, len(self.rows), len(self.columns), x_BNC.shape
+        with _island(x_BNC):
+            half = torch.bmm(self.rows.expand(images, -1, -1), x_BNC.reshape(images, height, -1))
+            z = torch.bmm(self.columns.expand(images * h, -1, -1), half.view(images * h, width, channels))
+            return self._turned(z.view(images, h, w, channels), self.turn)
+
+    def lift(self, z: Tensor, onto_BNC: Tensor | None = None) -> Tensor:
+        """(B, N, C) the map of these coefficients, added to `onto`. May overwrite z."""
+        (height, width), (images, h, w, channels) = self.grid, z.shape
+        with _island(z):
+            z = self._turned(z, self.turn.T).reshape(images * h, w, channels)
+            half = torch.bmm(self.columns.T.expand(images * h, -1, -1), z).view(images, h, width * channels)
+            onto = half.new_zeros(()) if onto_BNC is None else onto_BNC.reshape(images, height, width * channels)
+            whole = torch.baddbmm(onto, self.rows.T.expand(images, -1, -1), half, beta=int(onto_BNC is not None))
+            return whole.view(images, height * width, channels)
+
+    def part(self, x_BNC: Tensor, z: Tensor, band: int) -> Tensor:
+        """(B, N, C) one band of x; z = project(x)."""
+        return self.lift(z * self.amplitudes[band], x_BNC if band == self.rest else None)
+
+    def adjoint(self, grad_BNC: Tensor, band: int) -> Tensor:
+        """Coefficients whose lift is the gradient at x, given that at `part`; of the rest, what to add to that."""
+        return self.project(grad_BNC) * self.amplitudes[band]
+
+    def _turned(self, z: Tensor, turn: Tensor) -> Tensor:
+        for i, j in self.turns:
+            block = z[:, i : i + 2, j : j + 2]
+            block.copy_(torch.bmm(turn.expand(len(z), 4, 4), block.flatten(1, 2)).view_as(block))
+        return z
+
+
+_TURN = np.array([[1, 0, 0, -1], [0, 1, 1, 0], [0, -1, 1, 0], [1, 0, 0, 1]]) / np.sqrt(2)
+"""Of (cos cos, cos sin, sin cos, sin sin): rows 0 and 1 hold the mode (u, v), rows 2 and 3 the mode (u, -v)."""
+
+
+@lru_cache(maxsize=256)
+def band_filter(bands: Bands, dtype: torch.dtype, device: torch.device) -> BandFilter:
+    """The `BandFilter` of these bands, made once a precision and device."""
+    return BandFilter(bands, dtype, device)
+
+
+def _amplitudes(bands: Bands) -> tuple[np.ndarray, list[tuple[int, int]], tuple[int, int], int]:
+    """Amplitudes (K, h, w), corners of the 2x2 blocks of coefficients to be turned, (h, w), and which is the rest."""
+    inner = bands.weights[:-1] if bands.covers else bands.weights
+    reach = [int(np.abs(m)[inner.any(0)].max(initial=-1)) for m in np.broadcast_arrays(*mode_numbers(bands.grid))]
+    h, w = (max(0, min(n, 2 * r + 1)) for n, r in zip(bands.grid, reach, strict=True))
+    rest = len(inner) if bands.covers and (h, w) != bands.grid else -1
+    weights = np.concatenate([inner, -inner.sum(0, keepdims=True)]) if rest >= 0 else bands.weights
+    u, v = real_numbers(bands.grid[0])[:h, None], real_numbers(bands.grid[1])[None, :w]
+    same, mirrored = weights[:, u, v], weights[:, u, -v]
+    sines = np.arange(h)[:, None] % 2 == 0  # the constant row is its own mirror image
+    turns = np.argwhere((same != mirrored).any(0)[1::2, 1::2]) * 2 + 1
+    return np.where(sines, mirrored, same), [(int(i), int(j)) for i, j in turns], (h, w), rest
 
 
 def phase_correlation(a_HW: np.ndarray, b_HW: np.ndarray, max_shift: int = 24) -> tuple[float, float, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from freqkd_analysis.errors import FreqkdError
 from freqkd_analysis.provenance import plain
 
 PLAIN_SECONDS = 10.0
@@ -20,6 +23,28 @@ PLAIN_SECONDS = 10.0
 def say(text: str) -> None:
     """Talk to the user on stderr; stdout is for data."""
     print(text, file=sys.stderr, flush=True)
+
+
+def run_app(app: Callable[..., Any], arguments: list[str] | None) -> None:
+    """A command line to its end: errors of use become one line and their exit status; SIGTERM ends as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(args=arguments)
+    except FreqkdError as error:
+        say(f"Error: {error}")
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        say(f"Error: {error.strerror or error}{where}. What was there before is whole.")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        say("stopped")
+        raise SystemExit(130) from None
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def fresh_folder(resume: bool) -> Path:

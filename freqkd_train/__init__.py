@@ -1,1 +1,1 @@
-"""Frequency-decoupled distillation from RGB to infrared: the part of freqkd that is still to come."""
+"""Frequency-decoupled distillation from visible to infrared features, driven by what the analysis measured."""

@@ -1,17 +1,243 @@
-"""`freqkd-train`: holds the name until distillation arrives, and says so."""
+"""`freqkd-train`: options in, one call, files out. Heavy imports wait until they are used.
+
+Data goes to stdout, talk to stderr. Exit status: 0 done, 1 a check failed, 2 wrong use or input, 130 interrupted.
+"""
 
 from __future__ import annotations
 
-import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from freqkd_analysis import __version__
 
-NOT_YET = f"freqkd-train: distillation is not in freqkd {__version__} yet; for the analysis: freqkd-analyze --help"
+app = typer.Typer(
+    name="freqkd-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Distil a network's features of visible images into a student of infrared images, band by band.",
+)  # fmt: skip
+config_app = typer.Typer(no_args_is_help=True, help="Settings: show, compare, list losses and recipes.")
+cache_app = typer.Typer(no_args_is_help=True, help="Stored teacher features: list and remove.")
+app.add_typer(config_app, name="config")
+app.add_typer(cache_app, name="cache")
+
+_WHAT, _LOSS, _LOOP, _RUN = "What is distilled", "Loss", "Training", "Run and output"
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def _option(*names: str, panel: str = _RUN, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **more)
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"freqkd {__version__}")
+        raise typer.Exit
+
+
+OPTIONS = {
+    "data": "data.spec", "size": "data.size", "teacher": "teacher.name", "teacher_weights": "teacher.weights",
+    "layers": "teacher.layers", "student": "student.name", "student_weights": "student.weights",
+    "adapt": "student.adapt", "merge": "student.merge", "loss": "loss.name", "weights_from": "loss.weights_from",
+    "rule": "loss.rule", "normalize": "loss.normalize", "match_gradient": "loss.match_gradient",
+    "epochs": "training.epochs", "batch_size": "training.batch", "lr": "training.lr", "device": "training.device",
+    "cache_gb": "training.cache_gb", "seed": "seed",
+}  # fmt: skip
+"""The settings that have an option of their own; all others go through --set."""
+
+
+@app.command()
+def distill(
+    context: typer.Context,
+    data: Annotated[str, _option(panel=_WHAT, help="LAYOUT:ROOT, see `freqkd-analyze data list`.")] = "synthetic",
+    teacher: Annotated[str, _option(panel=_WHAT, help="timm name, freqkd_demo, or auto.")] = "auto",
+    student: Annotated[str, _option(panel=_WHAT, help="timm name; empty: the teacher's.")] = "",
+    teacher_weights: Annotated[str, _option(panel=_WHAT, help="auto | pretrained | random | FILE.")] = "auto",
+    student_weights: Annotated[str, _option(panel=_WHAT, help="The same, or mix:A:FILE.")] = "auto",
+    layers: Annotated[str, _option(panel=_WHAT, help="Of the teacher: all | 7,15,19 | glob.")] = "all",
+    size: Annotated[str, _option(panel=_WHAT, help="Network input, px: N or ROWSxCOLUMNS.")] = "224",
+    adapt: Annotated[str, _option(panel=_WHAT, help="auto | lora | full | last:K | head.")] = "auto",
+    merge: Annotated[float | None, _option(panel=_WHAT, help="Share of the change kept on export.")] = None,
+    loss: Annotated[str, _option(panel=_LOSS, help="See `freqkd-train config losses`.")] = "released",
+    weights_from: Annotated[str, _option(panel=_LOSS, help="Run of the analysis, for `measured`.")] = "",
+    rule: Annotated[str, _option(panel=_LOSS, help="shared | precision.")] = "shared",
+    normalize: Annotated[str, _option(panel=_LOSS, help="none | band (by the teacher's energy).")] = "none",
+    match_gradient: Annotated[
+        str, _option(panel=_LOSS, help="Scale to this FreqKD preset's gradient at step 0, such as released.")
+    ] = "",
+    epochs: Annotated[int, _option(panel=_LOOP, min=0, help="Passes over the training pairs.")] = 12,
+    batch_size: Annotated[int, _option(panel=_LOOP, min=1, help="Pairs a step.")] = 32,
+    lr: Annotated[float, _option(panel=_LOOP, help="Highest learning rate.")] = 2e-4,
+    cache_gb: Annotated[float, _option(panel=_LOOP, min=0, help="Room for stored teacher features.")] = 0.0,
+    device: Annotated[str, _option(panel=_LOOP, help="auto | cpu | cuda | cuda:N.")] = "auto",
+    seed: Annotated[int, _option(panel=_LOOP, min=0, help="Of split, order, augmentation, initial weights.")] = 0,
+    recipe: Annotated[str, _option(help="Start from a recipe, see `freqkd-train config recipes`.")] = "",
+    preset: Annotated[str, _option(help="Scale of the recipe: paper | compact | smoke.")] = "",
+    config: Annotated[Path | None, _option(help="Start from a YAML file, such as a run's config.yaml.")] = None,
+    changes: Annotated[list[str] | None, _option("--set", metavar="KEY=VALUE", help="Any setting.")] = None,
+    resume: Annotated[bool, _option(help="Finish the interrupted run in --out.")] = False,
+    dry_run: Annotated[bool, _option(help="Say parameters, memory, disk and time from a few steps.")] = False,
+    as_json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False,
+    out: Annotated[Path | None, _option(help="Run folder [default: runs/TIME-distill].")] = None,
+) -> None:
+    """Train a student on infrared images to have the teacher's features of the visible ones.
+
+    Example: freqkd-train distill --data folder:scenes/visible:scenes/infrared --teacher resnet50 --loss released
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import choose, job
+
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    options = {OPTIONS[name]: context.params[name] for name in given if name in OPTIONS}
+    settings = choose.settings(options, changes or [], config, recipe, preset, out if resume else None)
+    if dry_run:
+        terminal.show(job.dry_run(job.prepare(settings, terminal.say), terminal.say), as_json)
+        return
+    folder = choose.folder(out, resume)
+    try:
+        found = job.run(settings, folder, resume, terminal.say, ["freqkd-train", *sys.argv[1:]])
+    except KeyboardInterrupt:
+        terminal.say(f"stopped; go on with: freqkd-train distill --resume --out {shlex.quote(str(folder))}")
+        raise typer.Exit(130) from None
+    if found:
+        choose.show(found, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a `distill` run.")],
+    checkpoint: Annotated[str, typer.Option(help="newest | best.")] = "newest",
+    merge: Annotated[float | None, typer.Option(help="Another share of the change [default: the run's].")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write student.onnx as well, checked on real images.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to [default: RUN].")] = None,
+) -> None:
+    """Write a run's student again, from another checkpoint, at another merge, or as ONNX.
+
+    Example: freqkd-train export runs/2026-11-25-distill --merge 1 --out students/whole
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import revisit
+
+    for path in revisit.export_run(run, checkpoint, merge, onnx, out or run, terminal.say):
+        print(path)
+
+
+@app.command()
+def replay(
+    bundle: Annotated[Path, typer.Argument(help="A nonfinite-step-N folder inside a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run once more the step that a run stopped at, and tell its loss term by term.
+
+    Example: freqkd-train replay runs/2026-11-25-distill/nonfinite-step-12
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import revisit
+
+    terminal.show(revisit.replay(bundle, terminal.say), as_json)
+
+
+@config_app.command("show")
+def config_show(
+    what: Annotated[str, typer.Argument(help="Recipe, YAML file or run folder.")] = "kaist",
+    preset: Annotated[str, typer.Option(help="Scale of the recipe: paper | compact | smoke.")] = "compact",
+) -> None:
+    """Print whole settings as YAML, with every default.
+
+    Example: freqkd-train config show ablation_cutoff:0.25
+    """
+    from freqkd_train import choose
+    from freqkd_train import config as files
+
+    print(files.text(choose.named(what, preset)), end="")
+
+
+@config_app.command("diff")
+def config_diff(
+    a: Annotated[str, typer.Argument(help="Recipe, YAML file or run folder.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    preset: Annotated[str, typer.Option(help="Scale of the recipes: paper | compact | smoke.")] = "compact",
+    as_json: AsJson = False,
+) -> None:
+    """Say which settings of two recipes, files or runs differ.
+
+    Example: freqkd-train config diff kaist controls:shuffled
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import choose
+    from freqkd_train import config as files
+
+    unlike = files.difference(choose.named(a, preset), choose.named(b, preset))
+    terminal.show([{"setting": key, "a": x, "b": y} for key, (x, y) in unlike.items()], as_json)
+
+
+@config_app.command("losses")
+def config_losses(as_json: AsJson = False) -> None:
+    """List the losses with their published weights and sources.
+
+    Example: freqkd-train config losses
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import choose
+
+    terminal.show(choose.losses(), as_json)
+
+
+@config_app.command("recipes")
+def config_recipes(
+    name: Annotated[str, typer.Argument(help="One recipe: its lab card.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes; with a name, its lab card.
+
+    Example: freqkd-train config recipes controls
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import recipes
+
+    if name:
+        recipes.make(name)
+        print(recipes.card(name))
+        return
+    terminal.show(recipes.listing(), as_json)
+
+
+@cache_app.command("list")
+def cache_list(as_json: AsJson = False) -> None:
+    """List stored teacher features and their size.
+
+    Example: freqkd-train cache list
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import teacher_cache
+
+    terminal.show(teacher_cache.listing(teacher_cache.ROOT), as_json)
+
+
+@cache_app.command("purge")
+def cache_purge() -> None:
+    """Remove all stored teacher features.
+
+    Example: freqkd-train cache purge
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import teacher_cache
+
+    terminal.say(f"{teacher_cache.purge(teacher_cache.ROOT) / 1e9:.2f} GB freed")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Answer --help and --version; anything else ends with one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="freqkd-train", description=NOT_YET, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"freqkd {__version__}")
-    parser.parse_known_args(arguments)
-    parser.exit(2, NOT_YET + "\n")
+    """Entry point of `freqkd-train`."""
+    from freqkd_analysis import terminal
+
+    terminal.run_app(app, arguments)
+
+
+if __name__ == "__main__":
+    main()

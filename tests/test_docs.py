@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -14,15 +15,14 @@ README = ROOT / "README.md"
 PAPERS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def program() -> Any:
+PROGRAMS = {"freqkd-analyze": "freqkd_analysis.cli", "freqkd-train": "freqkd_train.cli"}
+
+
+def program(name: str) -> Any:
     """The command line as typer builds it."""
-    if not (ROOT / "freqkd_analysis" / "cli.py").exists():
-        pytest.skip("freqkd_analysis/cli.py is not written yet")
     import typer
 
-    from freqkd_analysis.cli import app
-
-    return typer.main.get_command(app)
+    return typer.main.get_command(importlib.import_module(PROGRAMS[name]).app)
 
 
 def commands(group: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -37,17 +37,16 @@ def commands(group: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def lines(text: str) -> list[str]:
-    """The `freqkd-analyze` command lines of a text: in docstrings and blocks; continued lines are joined."""
+    """The command lines of a text: in docstrings and blocks; continued lines are joined."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    return [
-        m.split(" #")[0].strip() for m in re.findall(r"^[ \t]*(?:Example: |\$ )?(freqkd-analyze .+)$", joined, re.M)
-    ]
+    shown = re.findall(r"^[ \t]*(?:Example: |Command: |\$ )?(freqkd-(?:analyze|train) .+)$", joined, re.M)
+    return [line.split(" #")[0].strip() for line in shown]
 
 
 def check_line(line: str) -> None:
     """Parse a command line without running it: commands and options are there, values have their types."""
-    words = shlex.split(line)[1:]
-    command, name = program(), "freqkd-analyze"
+    name, *words = shlex.split(line)
+    command = program(name)
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         name, words = words[0], words[1:]
         assert name in command.commands, f"{line}: no command {name}"
@@ -60,27 +59,38 @@ def papers_with_lines() -> list[tuple[str, str]]:
     return [(path.name, line) for path in PAPERS for line in lines(path.read_text(encoding="utf-8"))]
 
 
-def test_every_command_has_help_with_an_example_that_can_be_typed() -> None:
-    for name, command in commands(program()).items():
+@pytest.mark.parametrize("of", PROGRAMS)
+def test_every_command_has_help_with_an_example_that_can_be_typed(of: str) -> None:
+    for name, command in commands(program(of)).items():
         shown = lines(command.help or "")
         assert shown, f"{name}: its help has no example"
-        assert any(line.startswith(f"freqkd-analyze {name}") for line in shown), f"{name}: its example is of another"
+        assert any(line.startswith(f"{of} {name}") for line in shown), f"{name}: its example is of another"
         for line in shown:
             check_line(line)
 
 
-def test_every_option_is_explained() -> None:
-    for name, command in commands(program()).items():
+def test_the_commands_of_the_lab_cards_can_be_typed() -> None:
+    from freqkd_train import recipes
+
+    for name in recipes.RECIPES:
+        shown = lines(recipes.card(name).replace(". Command:", ".\nCommand:"))
+        assert shown, f"{name}: its lab card has no command"
+        for line in shown:
+            check_line(line)
+
+
+@pytest.mark.parametrize("of", PROGRAMS)
+def test_every_option_is_explained(of: str) -> None:
+    for name, command in commands(program(of)).items():
         for parameter in command.params:
             if parameter.name != "help":
                 assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
 
 
-def test_every_command_is_in_the_readme() -> None:
-    if not README.exists():
-        pytest.skip("README.md is not written yet")
+@pytest.mark.parametrize("of", PROGRAMS)
+def test_every_command_is_in_the_readme(of: str) -> None:
     text = README.read_text(encoding="utf-8")
-    missing = [name for name in commands(program()) if not re.search(rf"freqkd-analyze {name}\b|`{name}\b", text)]
+    missing = [name for name in commands(program(of)) if not re.search(rf"{of} {name}\b|`{name}\b", text)]
     assert missing == [], f"README.md does not show {missing}"
 
 
