@@ -292,8 +292,8 @@ def _random(text: str, argument: str, grid: tuple[int, int], stride: int | None)
     index[0, 0] = 0
     for radius in sorted(groups.keys() - {0}):
         left: dict[int, np.ndarray] = {}
-        for i in rng.permutation(len(groups[radius])):
-            left = _paired(left, groups[radius][i], index, rng)
+        for group in groups[radius]:
+            left = _paired(left, group, index, rng)
         for group in left.values():
             waiting = _paired(waiting, group, index, rng)
     for group in waiting.values():

@@ -135,9 +135,16 @@ def joined(world: int):  # type: ignore[no-untyped-def]
         distributed.destroy_process_group()
 
 
-def measure_all(job: Job, run: Path, progress: measure.Progress, meet: Callable[[], None] = lambda: None) -> None:
-    """Measure every block that has no shard yet: mean maps first, then the rest; blocks dealt out by rank."""
-    rank, world = process()
+def measure_all(
+    job: Job,
+    run: Path,
+    progress: measure.Progress,
+    meet: Callable[[], None] = lambda: None,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Measure every block that has no shard yet: mean maps first, then the rest; blocks dealt out by `share`, which is
+    (rank, processes)."""
+    rank, world = share
     bad: set[str] = set()
     for kinds in (("mean",), ("main", "control")):
         mine = [block for block in job.plan.blocks if block.kind in kinds][rank::world]
@@ -228,7 +235,7 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
             claim_folder(out, job, resume)
         meet()
         with progress(job.work) if rank == 0 else contextlib.nullcontext(_silent) as step:
-            measure_all(job, out, step, meet)
+            measure_all(job, out, step, meet, (rank, world))
         if rank != 0:
             return None
         finish(job, out, began, time.monotonic() - clock, machine)

@@ -1,9 +1,10 @@
 """Other people's feature losses, one function each, on one tap; `BASELINES` lists them with weight and source.
 
-Student and teacher are (B, C, H, W) of one shape, unless a baseline's entry says that it needs no match. The published
-weights assume features that are not normalised: compare losses at matched gradient, not at printed weights. Everything
-runs in float32 (float64 when given) outside autocast; the teacher gets no gradient. All are 0 for equal features but
-`mgd` (its generator must learn that) and `cka` (1 - CKA of a debiased estimate is 0 for equal features as well).
+Student and teacher are (B, C, H, W) of one shape, unless a baseline's entry says that it needs no match; the scalar is
+to be minimised. `BaselineLoss` raises half types to float32 outside autocast and keeps float64, and gives the teacher
+no gradient. The published weights assume features that are not normalised: compare losses at matched gradient, not at
+printed weights. Equal features cost 0 but for `mgd`, whose generator must learn that; opposite ones cost 0 where the
+loss is blind to sign: `at`, `rkd`, `sp` and `cka`. Where a formula divides by a length of 0 the quotient counts as 0.
 
 Shapes: B images, C channels, H x W tokens, N = H W.
 """
@@ -28,7 +29,9 @@ LEAST_CKA = 4
 
 
 def mse(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
-    """Mean squared difference over everything; 0 upwards.
+    """Mean squared difference over everything; 0 upwards, in squared feature units. Weight 1; FitNet's 100.
+
+    Source of `fitnet`: Romero et al. 2015, which learns a projector before it; its weight is RepDistiller's.
 
     Example:
         >>> float(mse(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)))
@@ -40,6 +43,8 @@ def mse(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
 def cosine(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
     """Mean over positions of 1 - cos over channels, 0 to 2; blind to each token's length. A zero token counts 1, two 0.
 
+    Weight 1. No single source: the usual token-wise loss.
+
     Example:
         >>> round(float(cosine(torch.ones(1, 2, 3, 3), -torch.ones(1, 2, 3, 3))), 5)
         2.0
@@ -50,7 +55,8 @@ def cosine(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
 def at(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
     """Attention transfer: mean squared difference of unit-length maps of mean_C F^2; blind to sign and gain.
 
-    Takes any channel numbers, on one grid.
+    0 to 2 / N. Takes any channel numbers, on one grid. Source: Zagoruyko and Komodakis 2017, p = 2; weight 1000 as in
+    RepDistiller.
 
     Example:
         >>> x = torch.rand(2, 3, 4, 4)
@@ -64,6 +70,9 @@ def at(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
 def cwd(s_BCHW: Tensor, t_BCHW: Tensor, tau: float = 1.0) -> Tensor:
     """Channel-wise distillation: tau^2 / (B C) sum KL(p_T, p_S), p = softmax over positions of F / tau.
 
+    0 upwards; blind to an offset of a channel, not to gain; values below 1e-6 are rounding in float32. Source: Shu et
+    al. 2021; tau 1 and weight 10 are mmrazor's for detectors.
+
     Example:
         >>> x = torch.rand(2, 3, 4, 4)
         >>> abs(float(cwd(x + 5, x))) < 1e-6
@@ -74,9 +83,11 @@ def cwd(s_BCHW: Tensor, t_BCHW: Tensor, tau: float = 1.0) -> Tensor:
 
 
 def pkd(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
-    """Half the mean squared difference after each channel is standardised over batch and positions (eps 1e-6).
+    """Half the mean squared difference after each channel is standardised over batch and positions.
 
-    About 1 - Pearson correlation, 0 to 2.
+    Divided by the standard deviation (of the population; mmrazor takes the sample's) + 1e-6, in feature units. Then
+    1 - Pearson correlation, averaged over channels, 0 to 2; a constant channel counts 1/2. Source: Cao et al. 2022;
+    weight 6 as for two-stage detectors.
 
     Example:
         >>> x = torch.rand(2, 3, 4, 4)
@@ -87,13 +98,17 @@ def pkd(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
 
 
 def _standard(x: Tensor) -> Tensor:
-    x = x - x.mean((0, 2, 3), keepdim=True)
+    for _ in range(2):  # the mean of equal numbers is not always that number; what one step leaves, the next removes
+        x = x - x.mean((0, 2, 3), keepdim=True)
     return x / (_root(x.square().mean((0, 2, 3), keepdim=True)) + 1e-6)
 
 
 def rkd(s_BCHW: Tensor, t_BCHW: Tensor, distance: float = 25.0, angle: float = 50.0) -> Tensor:
     """Relations of the images of a batch, each a mean over positions: smooth-L1 of pairwise distances over their mean,
-    and of the cosines of all triplets' angles. Takes any channel numbers and grids; 0 for one image.
+    and of the cosines of all triplets' angles.
+
+    0 upwards; blind to sign, gain and offset. Takes any channel numbers and grids; 0 for one image or two. Source: Park
+    et al. 2019; both weights and the means over all B^2 and B^3 entries are RepDistiller's (on flattened features).
 
     Example:
         >>> x = torch.rand(3, 4, 2, 2)
@@ -102,9 +117,8 @@ def rkd(s_BCHW: Tensor, t_BCHW: Tensor, distance: float = 25.0, angle: float = 5
     """
     s, t = s_BCHW.mean((2, 3)), t_BCHW.mean((2, 3))
     if len(s) < 2:
-        return s_BCHW.sum() * 0
-    found = [_relations(x) for x in (s, t)]
-    (ds, cs), (dt, ct) = found
+        return (s.sum() + t.sum()) * 0
+    (ds, cs), (dt, ct) = (_relations(_scaled(x)) for x in (s, t))
     return distance * functional.smooth_l1_loss(ds, dt) + angle * functional.smooth_l1_loss(cs, ct)
 
 
@@ -113,15 +127,15 @@ def _relations(x_BC: Tensor) -> tuple[Tensor, Tensor]:
     gaps = x_BC[None] - x_BC[:, None]
     lengths = _root(gaps.square().sum(2))
     between = len(x_BC) * (len(x_BC) - 1)
-    mean = lengths.sum() / between
     unit = _unit(gaps, 2)
-    return lengths / torch.where(mean > 0, mean, 1), unit @ unit.transpose(1, 2)
+    return lengths / _or_one(lengths.sum() / between), unit @ unit.transpose(1, 2)
 
 
 def sp(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
     """Similarity preserving: sum (G_S - G_T)^2 / B^2, G the batch's Gram matrix of whole maps with unit rows.
 
-    Takes any channel numbers and grids; blind to a common sign.
+    0 to 4 / B; blind to sign and gain of the batch; 0 for one image. Takes any channel numbers and grids. Source: Tung
+    and Mori 2019; weight 3000 as in RepDistiller.
 
     Example:
         >>> x = torch.rand(3, 4, 2, 2)
@@ -132,54 +146,89 @@ def sp(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
     return (grams[0] - grams[1]).square().sum() / len(s_BCHW) ** 2
 
 
+class Generator(nn.Module):
+    """MGD: student positions masked at random (the same in all channels), the teacher regenerated by two 3x3
+    convolutions, squared error summed and divided by the batch; 0 upwards, in squared feature units.
+
+    The mask comes from torch's global generator, which the loop seeds a step. Source: Yang et al. 2022; the mask's
+    share 0.65 and weight 2e-5 are those of its detectors.
+
+    Example:
+        >>> Generator(2)(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, channels: int, masked: float = 0.65) -> None:
+        super().__init__()
+        self.channels, self.masked = channels, masked
+        self.layers = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+                                    nn.Conv2d(channels, channels, 3, padding=1))  # fmt: skip
+
+    def forward(self, s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
+        if s_BCHW.shape[1] != self.channels:
+            raise FreqkdError(f"mgd: expected {self.channels} channels, got {tuple(s_BCHW.shape)}.")
+        kept = torch.rand(len(s_BCHW), 1, *s_BCHW.shape[2:], device=s_BCHW.device) >= self.masked
+        # In the features' precision, whatever the parameters'.
+        weights = {name: p.to(s_BCHW.dtype) for name, p in self.layers.named_parameters()}
+        made: Tensor = torch.func.functional_call(self.layers, weights, (s_BCHW * kept,))
+        return (made - t_BCHW).square().sum() / len(s_BCHW)
+
+
 def freekd(s_BCHW: Tensor, t_BCHW: Tensor, levels: int = 3) -> Tensor:
     """FreeKD-like: sum over levels and the bands cH, cV, cD of the mean L1 of Haar coefficients; the low band is free.
 
-    Without the learned frequency prompts and without the relational weight of the original. Odd sides are padded by
-    their last row or column; a side of one token ends the levels.
+    0 upwards, in feature units. Sides are padded by their last row or column to a multiple of 2^levels. Source: Zhang
+    et al. 2024, weight 1 as in its code; without its learned frequency prompts and relational weight, so not FreeKD.
 
     Example:
         >>> float(freekd(torch.ones(1, 2, 8, 8), torch.zeros(1, 2, 8, 8)))
         0.0
     """
-    rest, total = s_BCHW - t_BCHW, s_BCHW.sum() * 0
+    height, width = s_BCHW.shape[2:]
+    rest = functional.pad(s_BCHW - t_BCHW, (0, -width % 2**levels, 0, -height % 2**levels), mode="replicate")
+    total = s_BCHW.new_zeros(())
     for _ in range(levels):
-        if min(rest.shape[2:]) < 2:
-            break
-        rest = functional.pad(rest, (0, rest.shape[3] % 2, 0, rest.shape[2] % 2), mode="replicate")
         a, b, c, d = (rest[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1))
-        for band in ((a + b - c - d), (a - b + c - d), (a - b - c + d)):
+        for band in (a + b - c - d, a - b + c - d, a - b - c + d):
             total = total + (band / 2).abs().mean()
         rest = (a + b + c + d) / 2
     return total
 
 
 def fdcmkd(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
-    """FD-CMKD: bands of the embedding along its channels, not of space.
+    """FD-CMKD: bands of the embedding (mean over positions) along its channels, not of space; their order is arbitrary.
 
-    The embedding is the mean over positions. Of its real transform along C, low holds frequencies 1 to C // 4, high
-    the rest, DC neither. Each band, back in the embedding, is centred and made unit length; low: MSE, high: MSE of
-    sign(x) log(1 + |x|). Channel order is arbitrary, so the bands are as well.
+    Of its real transform along C, low holds frequencies 1 to C // 4, high the rest, DC neither. Each band, back in the
+    embedding, is centred and made unit length; low: MSE, high: MSE of sign(x) log(1 + |x|). A band below rounding of
+    the embedding (32 eps in amplitude) counts as 0. 0 to 8 / C; blind to gain. Source: arXiv 2511.19887, weights 1
+    and 1 as in its code.
 
     Example:
         >>> x = torch.rand(2, 8, 3, 3)
         >>> float(fdcmkd(2 * x, x)) < 1e-8
         True
     """
-    s, t = s_BCHW.mean((2, 3)), t_BCHW.mean((2, 3))
-    low_CC, high_CC = (m.to(s) for m in _embedding_bands(s.shape[1]))
-    (sl, sh), (tl, th) = (
-        [_unit((x @ m) - (x @ m).mean(1, keepdim=True), 1) for m in (low_CC, high_CC)] for x in (s, t)
-    )
+    (sl, sh), (tl, th) = (_embedding_parts(x.mean((2, 3))) for x in (s_BCHW, t_BCHW))
     return (sl - tl).square().mean() + (_signed_log(sh) - _signed_log(th)).square().mean()
 
 
+def _embedding_parts(x_BC: Tensor) -> list[Tensor]:
+    x = _scaled(x_BC)
+    least = 32 * torch.finfo(x.dtype).eps * x.detach().norm(dim=1, keepdim=True)
+    parts = []
+    for band_CC in _embedding_bands(x.shape[1], x.dtype, x.device):
+        part = x @ band_CC
+        part = part - part.mean(1, keepdim=True)
+        parts.append(_unit(part.masked_fill(part.detach().norm(dim=1, keepdim=True) <= least, 0), 1))
+    return parts
+
+
 @lru_cache(maxsize=16)
-def _embedding_bands(channels: int) -> tuple[Tensor, Tensor]:
+def _embedding_bands(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(C, C) projectors on low and high frequencies."""
     basis, number = torch.from_numpy(real_basis(channels)), torch.from_numpy(real_numbers(channels))
-    low = (number >= 1) & (number <= channels // 4)
-    high = number > channels // 4
-    return tuple(basis[rows].T @ basis[rows] for rows in (low, high))  # type: ignore[return-value]
+    low, high = basis[(number >= 1) & (number <= channels // 4)], basis[number > channels // 4]
+    return (low.T @ low).to(device, dtype), (high.T @ high).to(device, dtype)
 
 
 def _signed_log(x: Tensor) -> Tensor:
@@ -188,6 +237,9 @@ def _signed_log(x: Tensor) -> Tensor:
 
 def cka(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
     """1 - debiased linear CKA over the images of a batch, each a mean over positions. Takes any channels and grids.
+
+    0 to 2: 1 for unrelated features, and, without a gradient, where one side does not vary. Blind to sign, gain,
+    offset and rotation. Source: Song et al. 2012 (HSIC_1), Nguyen et al. 2021; weight 1 is ours.
 
     Raises: FreqkdError for fewer than four images.
 
@@ -199,15 +251,16 @@ def cka(s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
     if len(s_BCHW) < LEAST_CKA:
         raise FreqkdError(f"the loss cka needs batches of at least {LEAST_CKA} images, got {len(s_BCHW)}; set "
                           "training.batch, or training.accumulate 1.")  # fmt: skip
-    # One length for all images of a side: CKA does not see it, and float32 stays in range.
-    k, m = (_gram(_scaled(x.mean((2, 3)))) for x in (s_BCHW, t_BCHW))
-    norm = _hsic(k, k) * _hsic(m, m)
-    there = norm > 0
-    return torch.where(there, 1 - _hsic(k, m) / torch.where(there, norm, 1).sqrt(), torch.ones_like(norm))
+    k, m = (_gram(x.mean((2, 3))) for x in (s_BCHW, t_BCHW))
+    norm = _root(_hsic(k, k)) * _root(_hsic(m, m))
+    return 1 - torch.where(norm == 0, 0, _hsic(k, m) / _or_one(norm))
 
 
 def _gram(x_BC: Tensor) -> Tensor:
-    x = x_BC - x_BC.mean(0)  # does not change the debiased estimate, but keeps its terms small
+    """Of centred rows: that does not change the debiased estimate, but keeps its terms small. Diagonal 0."""
+    x = x_BC - x_BC.mean(0)
+    alike = x.detach().abs().amax() <= 16 * torch.finfo(x.dtype).eps * x_BC.detach().abs().amax()
+    x = _scaled(x.masked_fill(alike, 0))  # CKA does not see it, and float32 stays in range
     return (x @ x.T) * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
@@ -215,24 +268,6 @@ def _hsic(k: Tensor, m: Tensor) -> Tensor:
     n = len(k)
     sums = k.sum() * m.sum() / ((n - 1) * (n - 2))
     return ((k * m).sum() + sums - 2 / (n - 2) * (k.sum(0) * m.sum(0)).sum()) / (n * (n - 3))
-
-
-class Generator(nn.Module):
-    """MGD: student positions masked at random (the same in all channels), the teacher regenerated by two 3x3
-    convolutions, squared error summed and divided by the batch.
-
-    The mask comes from torch's global generator, which the loop seeds a step.
-    """
-
-    def __init__(self, channels: int, masked: float = 0.65) -> None:
-        super().__init__()
-        self.masked = masked
-        self.layers = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
-                                    nn.Conv2d(channels, channels, 3, padding=1))  # fmt: skip
-
-    def forward(self, s_BCHW: Tensor, t_BCHW: Tensor) -> Tensor:
-        kept = torch.rand(len(s_BCHW), 1, *s_BCHW.shape[2:], device=s_BCHW.device) >= self.masked
-        return (self.layers(s_BCHW * kept) - t_BCHW).square().sum() / len(s_BCHW)
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:
@@ -252,15 +287,15 @@ def _or_one(x: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """Square root whose gradient at 0 is 0."""
-    there = x > 0
-    return torch.where(there, torch.where(there, x, torch.ones_like(x)).sqrt(), torch.where(x == 0, x * 0, x))
+    """Square root whose gradient at 0 is 0; what rounding has put below 0 counts as 0, NaN stays."""
+    above = x > 0
+    return torch.where(above, torch.where(above, x, 1).sqrt(), x * 0)
 
 
 def _half_gap(s: Tensor, t: Tensor) -> Tensor:
     """|s - t|^2 / 2 of unit tokens: 1 - cos without cancellation. Where one is zero 1, where both are 0."""
     gap = (s - t).square().sum(1) / 2
-    alone = (s == 0).all(1) ^ (t == 0).all(1)
+    alone = ((s == 0).all(1) ^ (t == 0).all(1)) & ~gap.isnan()
     return torch.where(alone, torch.ones_like(gap), gap)
 
 
@@ -268,33 +303,37 @@ def _half_gap(s: Tensor, t: Tensor) -> Tensor:
 class Baseline:
     """One entry: how to compute it, its published weight and where both come from.
 
-    projector: the student gets a learned 1x1 projector even at equal width. needs_match: student and teacher must have
-    one shape. batch: couples the images of a batch, so that its parts (accumulation, processes) change it.
+    function: (student, teacher) -> scalar, or the class of a module with that call, one a tap, made from its channels.
+    assumes: what the weight takes for granted of the features. projector: the student gets a learned 1x1 projector even
+    at equal width. needs_match: student and teacher must have one shape. batch: couples the images of a batch, so that
+    its parts (accumulation, processes) change it.
     """
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Any]
     weight: float
     source: str
+    assumes: str
     projector: bool = False
     needs_match: bool = True
     batch: bool = False
 
 
+_RAW, _ANY = "features not normalised", "nothing: blind to gain"
 BASELINES: dict[str, Baseline] = {
-    "mse": Baseline(mse, 1.0, "uniform feature matching"),
-    "cosine": Baseline(cosine, 1.0, "token-wise cosine, weight 1"),
-    "fitnet": Baseline(mse, 100.0, "Romero et al. 2015; weight of RepDistiller", projector=True),
-    "at": Baseline(at, 1000.0, "Zagoruyko and Komodakis 2017; weight of RepDistiller", needs_match=False),
-    "cwd": Baseline(cwd, 10.0, "Shu et al. 2021; detection setting of mmrazor, tau 1"),
-    "pkd": Baseline(pkd, 6.0, "Cao et al. 2022; two-stage detectors", batch=True),
-    "rkd": Baseline(rkd, 1.0, "Park et al. 2019; 25 distance + 50 angle", needs_match=False, batch=True),
-    "sp": Baseline(sp, 3000.0, "Tung and Mori 2019; weight of RepDistiller", needs_match=False, batch=True),
-    "mgd": Baseline(mse, 2e-5, "Yang et al. 2022; mask 0.65"),
-    "freekd": Baseline(freekd, 1.0, "after FreeKD, Zhang et al. 2024; without prompts"),
-    "fdcmkd": Baseline(fdcmkd, 1.0, "FD-CMKD, arXiv 2511.19887; along the embedding"),
-    "cka": Baseline(cka, 1.0, "1 - debiased linear CKA (Song et al. 2012)", needs_match=False, batch=True),
+    "mse": Baseline(mse, 1.0, "uniform feature matching", _RAW),
+    "cosine": Baseline(cosine, 1.0, "token-wise cosine, weight 1", _ANY),
+    "fitnet": Baseline(mse, 100.0, "Romero et al. 2015; weight of RepDistiller", _RAW, projector=True),
+    "at": Baseline(at, 1000.0, "Zagoruyko and Komodakis 2017; weight of RepDistiller", _ANY, needs_match=False),
+    "cwd": Baseline(cwd, 10.0, "Shu et al. 2021; detection setting of mmrazor, tau 1", _RAW),
+    "pkd": Baseline(pkd, 6.0, "Cao et al. 2022; two-stage detectors", _ANY, batch=True),
+    "rkd": Baseline(rkd, 1.0, "Park et al. 2019; 25 distance + 50 angle", _ANY, needs_match=False, batch=True),
+    "sp": Baseline(sp, 3000.0, "Tung and Mori 2019; weight of RepDistiller", _ANY, needs_match=False, batch=True),
+    "mgd": Baseline(Generator, 2e-5, "Yang et al. 2022; mask 0.65", _RAW),
+    "freekd": Baseline(freekd, 1.0, "after FreeKD, Zhang et al. 2024; without prompts", _RAW),
+    "fdcmkd": Baseline(fdcmkd, 1.0, "FD-CMKD, arXiv 2511.19887; along the embedding", _ANY),
+    "cka": Baseline(cka, 1.0, "1 - debiased linear CKA (Song et al. 2012)", _ANY, needs_match=False, batch=True),
 }
-"""Every baseline in reading order. `mgd` has its own `Generator` a tap."""
+"""Every baseline in reading order."""
 
 
 class BaselineLoss(nn.Module):
@@ -318,10 +357,10 @@ class BaselineLoss(nn.Module):
         self.name, self.entry = name, BASELINES[name]
         self.weight = self.entry.weight if weight is None else weight
         self.generators = nn.ModuleDict()
-        if name == "mgd":
+        if isinstance(self.entry.function, type):
             if not channels:
-                raise FreqkdError("the loss mgd needs the teacher's channels by tap for its generators.")
-            self.generators.update({tap.replace(".", "_"): Generator(count) for tap, count in channels.items()})
+                raise FreqkdError(f"the loss {name} needs the teacher's channels by tap for its generators.")
+            self.generators.update({_key(tap): self.entry.function(count) for tap, count in channels.items()})
 
     def forward(self, students: Features, teachers: Features) -> dict[str, Any]:
         """{"loss": scalar, "terms": {"tap": scalar}}."""
@@ -335,13 +374,15 @@ class BaselineLoss(nn.Module):
 
     def _one(self, tap: str, s: Tensor, t: Tensor) -> Tensor:
         self._check(tap, s, t)
+        dtype = s.dtype if s.dtype == torch.float64 else torch.float32
+        function = self.generators[_key(tap)] if self.generators else self.entry.function
         with torch.autocast(s.device.type, enabled=False):
-            s, t = (x if x.dtype == torch.float64 else x.float() for x in (s, t))
-            function = self.generators[tap.replace(".", "_")] if self.name == "mgd" else self.entry.function
-            value: Tensor = function(s, t)
+            value: Tensor = function(s.to(dtype), t.to(dtype))
             return value
 
     def _check(self, tap: str, s: Tensor, t: Tensor) -> None:
+        if self.generators and _key(tap) not in self.generators:
+            raise FreqkdError(f'the loss {self.name} has no generator for tap "{tap}", only {first(self.generators)}.')
         for who, x in (("student", s), ("teacher", t)):
             if x.ndim != 4 or not x.is_floating_point() or x.numel() == 0:
                 raise FreqkdError(f'expected real features (B, C, H, W) of the {who} at tap "{tap}", got {x.dtype} of '
@@ -350,3 +391,8 @@ class BaselineLoss(nn.Module):
         if any(s.shape[i] != t.shape[i] for i in same):
             raise FreqkdError(f'{self.name}: student and teacher do not match at tap "{tap}": {tuple(s.shape)} and '
                               f"{tuple(t.shape)}; match them first.")  # fmt: skip
+
+
+def _key(tap: str) -> str:
+    """A module's name must hold no dot."""
+    return tap.replace(".", "_")

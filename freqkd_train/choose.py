@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from freqkd_analysis import options
 from freqkd_analysis.errors import RunError, nearest
@@ -15,6 +15,9 @@ from freqkd_analysis.runfolder import measured, number
 from freqkd_train import config as files
 from freqkd_train import recipes
 from freqkd_train.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def settings(given: Mapping[str, Any], changes: Sequence[str], file: Path | None = None, recipe: str = "",
@@ -113,3 +116,46 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
     return {"measure": row["measure"], "band": row["band"], "before": number(row["before"]),
             "after": number(row["after"]), "change [95 %]": measured(row["change"], row["ci_low"], row["ci_high"]),
             "held-out pairs": f"{row['n']} in {row['groups']} groups"}  # fmt: skip
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from a comma-separated list.
+
+    Example:
+        >>> numbers("0,1,2")
+        (0, 1, 2)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and part.isascii() for part in parts):
+        raise ConfigError(f'expected seeds such as 0,1,2, got "{text}".')
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def show_comparison(table: pd.DataFrame, out: Path | None, as_json: bool) -> None:
+    """Method x metric on stdout, files on stderr; or all rows as JSON."""
+    from freqkd_analysis import terminal
+    from freqkd_train import compare
+
+    if as_json:
+        print(json.dumps(plain(table.to_dict("records"))))
+        return
+    head, *rows = compare.cells(table)
+    terminal.show([dict(zip(head, row, strict=True)) for row in rows], False)
+    if out is not None:
+        terminal.say(str(out))
+
+
+def show_metrics(found: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """The figures of one evaluation on stdout."""
+    from freqkd_analysis import terminal
+    from freqkd_train import score
+
+    if as_json:
+        print(json.dumps(plain(found)))
+        return
+    if found["task"] == "segment":
+        terminal.show([{"images": name, **{k: v for k, v in part.items() if k.startswith(("miou", "macc"))}}
+                       for name, part in found["figures"].items()], False)  # fmt: skip
+    else:
+        print(score.text(found))
+    terminal.say(str(out))

@@ -143,6 +143,126 @@ def replay(
     terminal.show(revisit.replay(bundle, terminal.say), as_json)
 
 
+_DATA, _ARMS = "Data", "Arms and scale"
+
+
+def _study(recipe: str) -> Any:
+    """The command of a downstream recipe: all of them take the same words."""
+
+    def command(
+        data: Annotated[str, _option(panel=_DATA, help="LAYOUT:ROOT of annotated pairs, or synthetic.")] = "synthetic",
+        methods: Annotated[str, _option(panel=_ARMS, help="Arms, such as none,mse,cosine,freqkd.")] = "none,mse,freqkd",
+        controls: Annotated[bool, _option("--controls", panel=_ARMS, help="The control arms as well.")] = False,
+        seeds: Annotated[str, _option(panel=_ARMS, help="Such as 0,1,2.")] = "0",
+        preset: Annotated[str, _option(panel=_ARMS, help="paper | compact | smoke.")] = "compact",
+        model: Annotated[str, _option(panel=_ARMS, help="Teacher and student [default: the preset's].")] = "",
+        weights: Annotated[str, _option(panel=_ARMS, help="Of the model: auto | random | FILE.")] = "",
+        device: Annotated[str, _option(help="auto | cpu | cuda | cuda:N.")] = "auto",
+        start: Annotated[str, _option("--from", help="Redo from analyse | distil | finetune | evaluate on.")] = "",
+        as_json: AsJson = False,
+        out: Annotated[
+            Path | None, _option(help="Study folder, resumed when it exists [default: runs/RECIPE].")
+        ] = None,
+    ) -> None:
+        from freqkd_analysis import terminal
+        from freqkd_train import choose, study
+
+        chosen = study.Study(recipe, data, preset, study.methods(methods, controls), choose.numbers(seeds), model,
+                             weights, device)  # fmt: skip
+        folder = out or Path("runs") / recipe
+        try:
+            table = study.run(chosen, folder, terminal.say, ["freqkd-train", *sys.argv[1:]], start)
+        except KeyboardInterrupt:
+            terminal.say("stopped; the same command goes on")
+            raise typer.Exit(130) from None
+        choose.show_comparison(table, folder / "compare", as_json)
+
+    command.__doc__ = f"""Distil, fine-tune, evaluate and compare: {_ABOUT[recipe]}.
+
+    Example: freqkd-train {recipe} --data synthetic --preset smoke
+    """
+    return command
+
+
+_ABOUT = {
+    "kaist": "pedestrians on KAIST",
+    "flir": "persons, bicycles and cars on FLIR ADAS",
+    "mfnet": "segmentation on MFNet with a frozen backbone",
+    "resnet50": "the same as kaist with a ResNet-50 student of the ViT teacher",
+}
+for _name in _ABOUT:
+    app.command(_name)(_study(_name))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a fine-tuning.")],
+    data: Annotated[str, typer.Option(help="LAYOUT:ROOT [default: the run's own test split].")] = "",
+    split: Annotated[str, typer.Option(help="Split or list [default: the run's].")] = "",
+    protocol: Annotated[str, typer.Option(help="kaist | coco [default: by the data].")] = "",
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Where to [default: RUN/evaluation].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict with a fine-tuned model and score it, the protocol's card inside.
+
+    Example: freqkd-train evaluate runs/kaist/finetune/freqkd-0 --data kaist:KAIST
+    """
+    from freqkd_train import choose
+    from freqkd_train import evaluate as stage
+
+    folder = out or run / "evaluation"
+    found = stage.run(run, folder, spec=data, split=split, protocol=protocol, device=device)
+    choose.show_metrics(found, folder, as_json)
+
+
+@app.command()
+def score(
+    annotations: Annotated[Path, typer.Option(help="KAIST json, COCO json, or a folder of bbGt text.")],
+    results: Annotated[list[Path], typer.Option(help="image,x,y,w,h,score lines or a COCO json list; repeatable.")],
+    protocol: Annotated[str, typer.Option(help="kaist | coco [default: by the annotations].")] = "",
+    style: Annotated[str, typer.Option(help="Of the miss rate: matlab | script.")] = "matlab",
+    figures: Annotated[Path | None, typer.Option(help="Folder for the curves.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+) -> None:
+    """Score anybody's detections: miss rate and AP; several files are compared with intervals.
+
+    Example: freqkd-train score --annotations KAIST_annotation.json --results MLPD_result.txt --json report.json
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import score as scoring
+    from freqkd_train import score_figures
+    from freqkd_train.result_files import read_annotations, read_results
+
+    found = scoring.score(annotations, results, protocol, style=style, out=out)
+    print(scoring.text(found))
+    if figures is not None:
+        read = read_annotations(annotations)
+        runs = [scoring.Run(path.stem, read_results(path, read)) for path in results]
+        for path in score_figures.write_figures(read.truth, runs, protocol or scoring.protocol_of(read), figures):
+            terminal.say(str(path))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations.")],
+    force: Annotated[bool, typer.Option("--force", help="Go on where their cards differ.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write CSV, Markdown, LaTeX and figure there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Methods side by side: mean over seeds with intervals, paired differences to `none` and `mse`.
+
+    Example: freqkd-train compare runs/kaist/evaluate/none-0 runs/kaist/evaluate/freqkd-0
+    """
+    from freqkd_train import choose
+    from freqkd_train import compare as comparison
+
+    table = comparison.compare(runs, force=force)
+    if out is not None:
+        comparison.write(table, out)
+    choose.show_comparison(table, out, as_json)
+
+
 @config_app.command("show")
 def config_show(
     what: Annotated[str, typer.Argument(help="Recipe, YAML file or run folder.")] = "kaist",

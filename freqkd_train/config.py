@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freqkd_analysis import schema
 from freqkd_analysis.errors import FreqkdError, nearest
+
+S = TypeVar("S", bound="Section")
 
 
 class ConfigError(FreqkdError):
@@ -240,17 +242,22 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def parse(tree: Mapping[str, Any]) -> Config:
     """Settings from nested mappings. Raises ConfigError: one line, the first thing that is wrong."""
+    return parsed(Config, tree)
+
+
+def parsed(kind: type[S], tree: Mapping[str, Any], path: Path | None = None) -> S:
+    """Settings of a kind from nested mappings; the error names the file, where there is one."""
     try:
-        return Config.model_validate(dict(tree))
+        return kind.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_told(error)) from None
+        raise ConfigError(f"{f'{path}: ' if path else ''}{_told(error, kind)}") from None
 
 
-def _told(error: ValidationError) -> str:
+def _told(error: ValidationError, section: type[BaseModel]) -> str:
     told = error.errors()[0]
     where = ".".join(str(part) for part in told["loc"] if not isinstance(part, int))
     if told["type"] == "extra_forbidden":
-        return f'no setting "{where}".{nearest(where, all_keys())}'
+        return f'no setting "{where}".{nearest(where, all_keys(section))}'
     message = str(told["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"{where}: {message}, got {told['input']!r}." if where and told["type"] != "value_error" else f"{message}."
@@ -258,22 +265,24 @@ def _told(error: ValidationError) -> str:
 
 def read(path: Path) -> Config:
     """Settings from a YAML file. Raises ConfigError naming the file."""
+    return parsed(Config, tree(path), path)
+
+
+def tree(path: Path) -> dict[str, Any]:
+    """Nested mappings from a YAML file. Raises ConfigError naming the file."""
     if not path.is_file():
         raise ConfigError(f"no settings file {path}; expected YAML such as a run's config.yaml.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         raise ConfigError(f"{path} is no YAML{'' if line is None else f' (line {line + 1})'}.") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected settings such as `loss: {{name: released}}`, got {type(tree).__name__}.")
-    try:
-        return parse(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected settings such as `loss: {{name: released}}`, got {type(found).__name__}.")
+    return found
 
 
-def text(config: Config) -> str:
+def text(config: Section) -> str:
     """The settings as YAML; `read` of it gives them back.
 
     Example:
@@ -283,7 +292,7 @@ def text(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def write(path: Path, config: Config) -> None:
+def write(path: Path, config: Section) -> None:
     """The settings as a YAML file, whole or not at all."""
     schema.write_text(path, text(config))
 

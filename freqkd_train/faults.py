@@ -57,6 +57,7 @@ def values_of(out: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def error(step: int, ids: Sequence[str], what: str, bundle: Path | None) -> NonFiniteError:
+    """What a step that is not finite tells: the step, what was not finite, the pairs, and how to run it again."""
     again = f" To run it again: freqkd-train replay {bundle}" if bundle else ""
     return NonFiniteError(f"step {step}: {what} for the pairs {first(ids, 8)}; nothing was changed by this step. Lower "
                           f"training.lr, or look at these pairs.{again}")  # fmt: skip

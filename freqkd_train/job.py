@@ -242,6 +242,7 @@ def first_batch(job: Job) -> dict[str, Any]:
 
 
 def on_device(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """A batch with its tensors on the device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -295,8 +296,9 @@ def run(config: Config, out: Path, resume: bool, say: Say, command: Sequence[str
     """The whole job; returns what to print: run, steps, metrics, student, and the change on held-out pairs."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     commit = provenance.commit()
-    job = prepare(config, say)
     first = layers.process()[0] == 0
+    say = say if first else _silent
+    job = prepare(config, say)
     if config.loss.name != distill.NONE:
         ready(job, say)
     check(job)
@@ -329,6 +331,10 @@ def run(config: Config, out: Path, resume: bool, say: Say, command: Sequence[str
     # Last: a run folder with a manifest is a finished one.
     schema.write_text(out / "manifest.json", json.dumps(provenance.plain(manifest), indent=1) + "\n")
     return {"run": str(out), "student": str(out / export.STUDENT), **outcome, "heldout": change}
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def train(job: Job, out: Path, resume: bool, say: Say) -> dict[str, Any]:

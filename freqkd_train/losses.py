@@ -310,14 +310,14 @@ def _cosine(s: Tensor, t: Tensor, *whole: Tensor) -> Mapped:
     """
     tiny = 32 * torch.finfo(s.dtype).eps
     ps, pt, ws, wt = (squares(x).sum(1) for x in (s, t, *whole))
-    there_s, there_t = ~(ps <= tiny**2 * ws), ~(pt <= tiny**2 * wt)  # NaN counts as there, and stays
+    there_s, there_t = ps > tiny**2 * ws, pt > tiny**2 * wt
     both = there_s & there_t
     scale_s, scale_t = (torch.where(both, p, 1).rsqrt()[:, None, None].to(s.dtype) for p in (ps, pt))
     unit = s * scale_s
     gap = unit - t * scale_t
     value = squares(gap).sum(1) / 2
     grad = torch.addcmul(gap, unit, value[:, None, None].to(s.dtype), value=-1).mul_(scale_s)
-    value = torch.where(both, value, (there_s ^ there_t).to(value.dtype))
+    value = torch.where(both, value, (there_s ^ there_t).to(value.dtype)) + 0 * (ps + pt)  # NaN stays
     return value.sum(), grad.masked_fill_(~both[:, None, None], 0), 1 / len(s)
 
 

@@ -239,7 +239,7 @@ class PairSource:
         moving = self.data.scale != (1.0, 1.0)
         kept = self._kept.get(record.id)
         if kept is None:
-            kept = _decoded(record, self.conversion)
+            kept = decoded(record, self.conversion)
             kept = kept if moving else transforms.frame(kept, self.geometry)
             self._kept.put(record.id, kept)
         return transforms.frame(kept, self.geometry, view.zoom) if moving else kept
@@ -250,7 +250,8 @@ def _columns(stats: Stats) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _decoded(record: PairRecord, conversion: str) -> Joint:
+def decoded(record: PairRecord, conversion: str) -> Joint:
+    """Both images of a pair. Raises DataError naming a pair that cannot be read."""
     try:
         found = layouts.decode(record, conversion)
     except DataError as error:

@@ -6,7 +6,7 @@ All are functions of the settings, the seed and a number; nothing here moves, so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,8 @@ def adamw(module: nn.Module, settings: Training) -> optim.AdamW:
     """AdamW over the trained parameters. Vectors (biases, norms, scales) get no weight decay.
 
     With layer_decay < 1 the parameters of `module.student` get lr * layer_decay ** (blocks above), by timm's own
-    grouping of its networks; all others (projectors) the full rate. Each group holds its factor as `lr_scale`.
+    grouping of its networks; all others (projectors) the full rate. A module with `rates()`, {prefix of a parameter's
+    name: factor}, gets those instead, the longest prefix. Each group holds its factor as `lr_scale`.
 
     Raises: FreqkdError when nothing is trained, or layer_decay has no network with layers.
 
@@ -135,13 +136,23 @@ def adamw(module: nn.Module, settings: Training) -> optim.AdamW:
         found = param_groups_layer_decay(student, settings.weight_decay, layer_decay=settings.layer_decay)
         groups = [{key: group[key] for key in ("params", "lr_scale", "weight_decay")} for group in found]
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
-    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in grouped]
-    matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim < 2]
-    for decay, chosen in ((settings.weight_decay, matrices), (0.0, vectors)):
-        groups += [{"params": chosen, "lr_scale": 1.0, "weight_decay": decay}] if chosen else []
+    given: Any = getattr(module, "rates", None)
+    rates: Mapping[str, float] = given() if given else {}
+    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad and id(p) not in grouped:
+            kinds.setdefault((_factor(name, rates), settings.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    for (factor, decay), chosen in kinds.items():
+        groups.append({"params": chosen, "lr_scale": factor, "weight_decay": decay})
     if not groups:
         raise FreqkdError("nothing to train: all parameters are frozen; choose another student.adapt or the loss none.")
     return optim.AdamW(groups, lr=settings.lr, foreach=True)
+
+
+def _factor(name: str, rates: Mapping[str, float]) -> float:
+    """The factor of the longest prefix of dotted `name`; 1 without one."""
+    known = [prefix for prefix in rates if name == prefix or name.startswith(prefix.rstrip(".") + ".")]
+    return rates[max(known, key=len)] if known else 1.0
 
 
 def set_rate(optimiser: optim.Optimizer, value: float) -> None:

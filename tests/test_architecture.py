@@ -30,14 +30,16 @@ ROWS = """
     __main__
 """
 TRAIN_ROWS = """
-    config
-    checkpoint  schedule  metrics_file
-    faults  losses  baselines  transforms
-    loop  taps  student  pairs  teacher_cache
-    engine  distill  heldout  export
-    recipes
-    job
-    revisit  choose
+    config  metrics.boxes  metrics.card  metrics.miou
+    checkpoint  schedule  metrics_file  downstream  annotation_files  metrics.matching
+    faults  losses  baselines  transforms  kaist_annotations  metrics.kaist
+    loop  taps  student  pairs  teacher_cache  annotation_sets  metrics.coco
+    engine  distill  heldout  export  pyramid  annotations  result_files  metrics.intervals
+    recipes  leaks  targets  detection  segmentation  score
+    job  finetune  score_figures
+    revisit  evaluate
+    compare
+    study  choose
     cli
     __main__
 """

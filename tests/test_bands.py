@@ -308,7 +308,10 @@ def test_fine_rings_of_pixels_hold_the_same_physical_frequencies():
         ("0.9", 'expected an edge between 0 and 0.7071 cycles per token, got "0.9"'),
         ("octav:3", 'got "octav:3". Did you mean "octave"?'),
         ("equal_modes:3", 'Did you mean "equal-modes"?'),
-        ("", "expected bands octave, linear, equal-modes, split, paper, released, random or edges such as 0.1,0.25; got"),
+        (
+            "",
+            "expected bands octave, linear, equal-modes, split, paper, released, random or edges such as 0.1,0.25; got",
+        ),
         ("octave:0", 'expected octave:K with 1 <= K <= 64, got "octave:0"'),
         ("octave:65", 'got "octave:65"'),
         ("linear:", 'got "linear:"'),

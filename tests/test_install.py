@@ -49,7 +49,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
     # Never apart from the library they come with, so they need no bound of their own.
     distribution |= {"markupsafe": "jinja2", "huggingface_hub": "timm", "click": "typer"}
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = PROJECT["project"]["dependencies"] + extras["weights"] + extras["train"]
+    declared = PROJECT["project"]["dependencies"] + extras["weights"] + extras["export"]
     names = {re.split(r"[\[<>=~! ]", d)[0].lower().replace("-", "_") for d in declared}
     for package in ("freqkd_analysis", "freqkd_train"):
         for path in (ROOT / package).rglob("*.py"):
@@ -68,7 +68,9 @@ def test_every_library_that_is_imported_is_declared() -> None:
 def test_package_data_is_built_in() -> None:
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["packages"] == ["freqkd_analysis", "freqkd_train"]
-    assert {"freqkd_analysis/templates/*", "freqkd_analysis/weights/*"} <= set(wheel["artifacts"])
+    assert {"freqkd_analysis/templates/*", "freqkd_analysis/weights/*", "freqkd_train/templates/*"} <= set(
+        wheel["artifacts"]
+    )
 
 
 def test_ci_runs_make_test() -> None:
@@ -311,25 +313,3 @@ def test_the_index_is_the_one_that_pip_would_use(bootstrap: Any, monkeypatch: py
 def test_wrong_use_of_the_bootstrap(bootstrap: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bootstrap.main(arguments) == 2
     assert "expected one of run, test" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, status, says",
-    [
-        (["--version"], 0, f"freqkd {freqkd_analysis.__version__}"),
-        (["--help"], 0, "not in"),
-        ([], 2, "not in"),
-        (["distill", "--out", "x"], 2, "not in"),
-    ],
-)
-def test_freqkd_train_says_that_it_is_still_to_come(
-    arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from freqkd_train.cli import main
-
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    said = capsys.readouterr()
-    assert ended.value.code == status
-    assert says in (said.err if status else said.out)
-    assert not status or (said.err.count("\n") == 1 and said.out == "")

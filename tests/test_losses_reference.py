@@ -229,7 +229,8 @@ def test_a_value_that_is_no_number_stays_one():
     x = draw((8, 8), 1).float()
     x[0, 0, 3, 3] = math.nan
     for name in FORMS:
-        assert math.isnan(got(x, draw((8, 8), 2).float(), FreqKDLoss((8, 8), "split:0.5", "none", name, (1, 1)))[0])
+        for y in (draw((8, 8), 2).float(), torch.ones_like(x), torch.zeros_like(x)):
+            assert math.isnan(got(x, y, FreqKDLoss((8, 8), "split:0.5", "none", name, (1, 1)))[0])
 
 
 # The parts in spectral -------------------------------------------------------------------------------------------
