@@ -92,7 +92,8 @@ class Light(nn.Module):
             part = functional.conv2d(narrow(x), share)
             grid = tuple(part.shape[2:])
             sums[grid] = sums[grid] + part if grid in sums else part
-        joined = torch.stack([window.place(x) for x in sums.values()]).sum(0) if len(sums) > 1 else window.place(part)
+        placed = [window.place(x) for x in sums.values()]
+        joined = sum(placed[1:], placed[0])
         return self.classify(functional.relu(self.norm(joined), inplace=True))
 
 
