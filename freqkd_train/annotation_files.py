@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_bytes(path: Path) -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except FileNotFoundError:
         raise AnnotationError(f"no annotation file {path}; check the path.") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise AnnotationError(f"{path} cannot be read ({type(error).__name__}); fetch it again.") from None
 
 
@@ -122,7 +123,7 @@ def voc(path: Path) -> Marked:
         root = ElementTree.fromstring(read_bytes(path))
     except ElementTree.ParseError as error:
         raise AnnotationError(f"{path} is no whole xml ({error}); fetch it again.") from None
-    size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    size = _size([root.findtext(f"size/{side}") for side in ("width", "height")], str(path))
     marks = []
     for number, thing in enumerate(root.iter("object"), start=1):
         where = f"{path}, object {number}"
@@ -136,7 +137,7 @@ def voc(path: Path) -> Marked:
             w, h = w - x, h - y
         occlusion = _occlusion(thing.findtext("occlusion") or "0", where)
         marks.append(Mark(label, x, y, w, h, occlusion, (thing.findtext("difficult") or "0").strip() == "1"))
-    return Marked(marks, size if all(size) else None)  # type: ignore[arg-type]
+    return Marked(marks, size)
 
 
 def yolo(path: Path, labels: Sequence[str], size: tuple[int, int]) -> Marked:
@@ -176,10 +177,11 @@ def coco(path: Path) -> Coco:
 
     Raises: AnnotationError for other content, an annotation of an unknown image or category, or two images of one id.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text)
         images, categories = content["images"], content["categories"]
-        rows = content["annotations"] if "annotations" in content else content["annotation"]
+        rows = list(content["annotations"] if "annotations" in content else content["annotation"])
         labels = {str(row["id"]): str(row["name"]) for row in sorted(categories, key=lambda row: row["id"])}
         keys = ("file_name", "filename", "im_name")
         named = [(str(row["id"]), str(next(row[key] for key in keys if key in row)), row) for row in images]
@@ -193,7 +195,7 @@ def coco(path: Path) -> Coco:
         raise AnnotationError(f"{path}: {len(named) - len(marks)} image ids occur more than once; make them unique.")
     for number, row in enumerate(rows):
         _add(marks, labels, row, f"{path}, annotation {number}")
-    found = [_coco_image(number, name, row, marks[number]) for number, name, row in named]
+    found = [_coco_image(number, name, row, marks[number], f"{path}, image {name}") for number, name, row in named]
     return Coco(tuple(found), tuple(labels.values()))
 
 
@@ -210,15 +212,15 @@ def _add(marks: dict[str, list[Mark]], labels: Mapping[str, str], row: Any, wher
     if not isinstance(box, list) or len(box) != 4:
         raise AnnotationError(f"{where}: expected bbox [x, y, w, h], got {str(box)[:60]} (5 are a turned box).")
     ignore = bool(row.get("iscrowd", 0)) or bool(row.get("ignore", 0))
-    occlusion = _occlusion(str(row.get("occlusion", 0)), where)
+    occlusion = _occlusion(str(row.get("occlusion") or 0), where)
     marks[image].append(Mark(labels[category], *_numbers(box, where), occlusion, ignore))
 
 
-def _coco_image(number: str, name: str, row: Mapping[str, Any], marks: list[Mark]) -> CocoImage:
-    size = (int(row.get("width") or 0), int(row.get("height") or 0))
+def _coco_image(number: str, name: str, row: Mapping[str, Any], marks: list[Mark], where: str) -> CocoImage:
+    size = _size([row.get("width"), row.get("height")], where)
     group = next((str(row[key]) for key in ("group", "video_id", "video") if row.get(key) is not None), "")
     time = str(row.get("day_night") or row.get("time") or "")
-    return CocoImage(number, name, Marked(marks, size if all(size) else None), group, time)
+    return CocoImage(number, name, Marked(marks, size), group, time)
 
 
 def digest(marks: Mapping[str, Iterable[Mark]], rules: Mapping[str, str]) -> str:
@@ -249,7 +251,7 @@ def read_mask(path: Path) -> np.ndarray:
     """A label image, (H, W) uint8 of 0..8; palette images give their indices, grey colour images one channel.
 
     Raises: AnnotationError naming the file when it is no image or colours stand for labels, with the value when one
-        is above 8.
+        is none of 0 to 8.
     """
     from PIL import Image
 
@@ -264,9 +266,11 @@ def read_mask(path: Path) -> np.ndarray:
         if (labels[..., :3] != labels[..., :1]).any():
             raise AnnotationError(f"{path} is in colour; expected one label 0 to {MASK_CLASSES - 1} a pixel.")
         labels = labels[..., 0]
-    if labels.size and labels.max() >= MASK_CLASSES:
+    # Negative values and fractions would become other labels in 8 bits.
+    strange = labels[~np.isin(labels, np.arange(MASK_CLASSES))]
+    if strange.size:
         raise AnnotationError(
-            f"{path} holds the label {labels.max()}; expected 0 to {MASK_CLASSES - 1} (MFNet). Is it a picture, or a "
+            f"{path} holds the label {strange.max()}; expected 0 to {MASK_CLASSES - 1} (MFNet). Is it a picture, or a "
             "mask of another set?"
         )
     return labels.astype(np.uint8)
@@ -319,6 +323,15 @@ def _numbers(parts: Sequence[Any], where: str) -> tuple[float, float, float, flo
     if not all(map(math.isfinite, (x, y, w, h))):
         raise AnnotationError(f"{where}: the box {x:g}, {y:g}, {w:g}, {h:g} is not finite.")
     return x, y, w, h
+
+
+def _size(sides: Sequence[Any], where: str) -> tuple[int, int] | None:
+    """Width and height as a file tells them; None where it tells none or 0."""
+    try:
+        width, height = (int(float(side or 0)) for side in sides)
+    except (TypeError, ValueError, OverflowError):
+        raise AnnotationError(f"{where}: expected a width and height in px, got {str(list(sides))[:60]}.") from None
+    return (width, height) if width and height else None
 
 
 def _occlusion(text: str, where: str) -> int:

@@ -74,7 +74,7 @@ def between(
     groups = {record.group for record in train} & {record.group for record in test} if sequences else set()
     known = set(same)
     rest = [record for record in test if record.id not in known and record.group not in groups]
-    alike = _look_alikes([record for record in train if record.group not in groups], rest, progress)
+    alike = _look_alikes(train, rest, progress) if rest else []
     kinds = {"same_frames": same, "same_sequences": sorted(groups), "look_alikes": [f"{a} ~ {b}" for a, b in alike]}
     counted = {kind: {"count": len(names), "first": names[:_LISTED]} for kind, names in kinds.items()}
     return {"shared": sum(map(len, kinds.values())), **counted}

@@ -72,6 +72,9 @@ def test_voc_names_what_is_wrong(tmp_path):
     wrong(lambda: files.voc(path), "b.xml, object 1: expected four numbers")
     path = write(tmp_path / "c.xml", "<annotation><object><name>car</name></object></annotation>")
     wrong(lambda: files.voc(path), "c.xml, object 1: expected a name and a bndbox")
+    for width in ("wide", "nan", "inf"):
+        path = write(tmp_path / "d.xml", XML.format(w=width, difficult=0, box=CORNERS))
+        wrong(lambda at=path: files.voc(at), "d.xml: expected a width and height in px")
 
 
 # --- YOLO, table ---
@@ -145,6 +148,8 @@ def test_coco_accepts_hit_uav_s_names_ids_from_0_and_ids_as_text(tmp_path):
         ({"annotations": [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4, 0.5]}]}, "5 are a turned box"),
         ({"annotations": [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, None]}]}, "expected four numbers"),
         ({"annotations": [{"image_id": 7}]}, "annotation 0: expected image_id, category_id and bbox"),
+        ({"annotations": 5}, "is no COCO json (TypeError"),
+        ({"images": [{"id": 7, "file_name": "a", "width": "wide"}]}, "image a: expected a width and height in px"),
     ],
 )
 def test_coco_names_what_is_wrong(tmp_path, changes, message):
@@ -152,7 +157,12 @@ def test_coco_names_what_is_wrong(tmp_path, changes, message):
 
 
 def test_other_files_are_refused(tmp_path):
-    wrong(lambda: files.coco(tmp_path / "none.json"), "no annotation file")
+    with pytest.raises(AnnotationError, match="^no annotation file"):
+        files.coco(tmp_path / "none.json")
+    packed = bytearray(gzip.compress(bytes(range(256)) * 9))
+    packed[10:16] = b"\xff" * 6
+    (tmp_path / "d.json.gz").write_bytes(packed)
+    wrong(lambda: files.coco(tmp_path / "d.json.gz"), "d.json.gz cannot be read (error); fetch it again")
     wrong(lambda: files.coco(write(tmp_path / "a.json", "[1, 2")), "a.json is no COCO json (JSONDecodeError")
     wrong(lambda: files.coco(write(tmp_path / "b.json", "[1, 2]")), "b.json is no COCO json (TypeError")
     (tmp_path / "c.txt").write_bytes(b"person \xff\xfe")
@@ -179,6 +189,9 @@ def test_masks_give_indices_whatever_the_kind_of_image(tmp_path):
 def test_masks_that_are_none_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 200, np.uint8)).save(tmp_path / "a.png")
     wrong(lambda: files.read_mask(tmp_path / "a.png"), "a.png holds the label 200; expected 0 to 8")
+    for value, dtype in ((-1, np.int32), (264, np.int32), (1.5, np.float32), (np.nan, np.float32)):
+        Image.fromarray(np.full((4, 4), value, dtype)).save(tmp_path / "e.tif")
+        wrong(lambda: files.read_mask(tmp_path / "e.tif"), f"e.tif holds the label {value}; expected 0 to 8")
     Image.fromarray(np.random.default_rng(0).integers(0, 8, (4, 4, 3), np.uint8)).save(tmp_path / "b.png")
     wrong(lambda: files.read_mask(tmp_path / "b.png"), "b.png is in colour")
     wrong(lambda: files.read_mask(write(tmp_path / "c.png", "no image")), "c.png cannot be read as a label image")

@@ -84,6 +84,13 @@ def test_sequences_count_where_names_tell_them_and_in_one_data_set(tmp_path):
         assert leaks.check(a, other)["shared"] == 0
 
 
+def test_a_look_alike_counts_whatever_sequence_it_lies_in(tmp_path):
+    """A frame of a new sequence that resembles one of a sequence in both is told besides that sequence."""
+    a, b = target(tmp_path / "a", [1, 2], ["v1", "v2"]), target(tmp_path / "b", [3, 1], ["v1", "v3"])
+    found = leaks.check(a, b, allow=True)
+    assert counts(found) == (0, 1, 1) and found["look_alikes"]["first"] == ["b1 ~ a1"]
+
+
 def test_frames_of_one_name_or_one_file_are_the_same(tmp_path):
     a = target(tmp_path / "a", [1, 2], sequences=False)
     b = replace(target(tmp_path / "b", [3], sequences=False))
