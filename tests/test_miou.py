@@ -49,6 +49,18 @@ def test_rows_are_the_truth() -> None:
     assert miou.iou(matrix)[[1, 2]].tolist() == [0, 0] and np.isnan(miou.iou(matrix)[0])
 
 
+def test_labels_of_eight_bits_do_not_wrap() -> None:
+    """200 classes have 40,000 cells, more than the type of the labels counts to."""
+    matrix = miou.confusion(np.array([[199, 3]], np.uint8), np.array([[198, 199]], np.uint8), "x", classes=200)
+    assert matrix[199, 198] == matrix[3, 199] == 1 and matrix.sum() == 2
+
+
+def test_pixel_accuracy_is_the_share_of_equal_pixels(rng: np.random.Generator) -> None:
+    truth, predicted = (rng.integers(0, 9, (3, 7, 13)) for _ in range(2))
+    matrices = np.stack([miou.confusion(t, p, "x") for t, p in zip(truth, predicted, strict=True)])
+    assert miou.scores(matrices)["all"]["pixel_accuracy"] == pytest.approx((truth == predicted).mean(), abs=1e-15)
+
+
 def test_a_class_that_nobody_named_counts_as_asked() -> None:
     matrix = np.diag([10, 5, 0, 5])
     assert miou.mean_iou(matrix) == 3 / 4

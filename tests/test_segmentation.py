@@ -236,6 +236,23 @@ def test_building_leaves_the_global_random_state() -> None:
     assert torch.equal(state, torch.get_rng_state()) and not torch.equal(first, other)
 
 
+def test_half_types_do_not_move_pixels() -> None:
+    """Eight bits hold the weights of a ramp to 1 in 256 only; under an autocast they stay what they are."""
+    ramp, window = (14 * (torch.arange(10.0) + 0.5)).expand(1, 1, 4, 10), Window((56, 140), (50, 126), (7, 300))
+    wanted = window.place(ramp)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(window.place(ramp), wanted)
+        half = window.place(ramp.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.equal(half, window.place(ramp.bfloat16().float()).bfloat16())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_are_float32_under_half_types(head: str) -> None:
+    made = segmenter(head).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert made(batch()["images"]).dtype == torch.float32
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_half_types_give_nearly_the_same_loss(head: str) -> None:
     step, given = SegmentationStep(segmenter(head)).train(), batch()
