@@ -299,14 +299,15 @@ def _refusals(loss: nn.Module, grid: Grid, batch: int, channels: int, match: boo
                 run(loss, s, t)
             words = str(error.value)
             assert "\n" not in words and _shape(t if s is x else s) in words, words
-            assert _shape(x) in words or str(grid[0]) in words, words
+            assert _shape(x) in words or f"{grid[0]}, {grid[1]})" in words, words
     for s, t, named in (({**x, "2": x["0"]}, y, "2"), (x, {"0": y["0"]}, "1"), (x, {}, "0"), ({}, y, "")):
         with pytest.raises(FreqkdError) as error:
             run(loss, s, t)
         assert "\n" not in str(error.value) and named in str(error.value)
-    for s in (each(x, lambda v: v[0]), each(x, lambda v: v.long()), each(x, lambda v: v[:0])):
-        with pytest.raises(FreqkdError):
-            run(loss, s, y)
+    for change in (lambda v: v[0], lambda v: v.long(), lambda v: v[:0]):
+        for s, t in ((each(x, change), y), (x, each(y, change)), (each(x, change), each(y, change))):
+            with pytest.raises(FreqkdError):
+                run(loss, s, t)
 
 
 def _shape(x: Maps) -> str:

@@ -68,6 +68,12 @@ def test_gradients_are_differences_of_the_formula_entry_by_entry(name):
     assert torch.autograd.gradcheck(lambda v: function(v, torch.from_numpy(t)), x, fast_mode=True)
 
 
+@pytest.mark.parametrize("tau", [0.5, 4.0])
+def test_cwd_is_its_formula_at_other_temperatures(tau):
+    s, t = draw(0, 3, 4, 3, 5), draw(1, 3, 4, 3, 5)
+    assert float(baselines.cwd(s, t, tau)) == pytest.approx(REFERENCES["cwd"](s.numpy(), t.numpy(), tau), rel=1e-12)
+
+
 def test_the_suite_holds_every_baseline():
     assert {*REFERENCES, "mgd"} == set(BASELINES)
 
@@ -94,6 +100,12 @@ def test_weights_are_the_published_ones():
     assert inspect.signature(BASELINES["mgd"].function).parameters["masked"].default == 0.65
 
 
+def test_only_fitnet_is_projected_always_and_relations_need_no_match():
+    """How the student's features are brought to the teacher's shape."""
+    assert [name for name, entry in BASELINES.items() if entry.projector] == ["fitnet"]
+    assert [name for name, entry in BASELINES.items() if not entry.needs_match] == ["at", "rkd", "sp", "cka"]
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_what_a_weight_assumes_is_true_of_the_loss(name):
     """Blind to gain, or not."""
@@ -105,10 +117,11 @@ def test_what_a_weight_assumes_is_true_of_the_loss(name):
 @pytest.mark.parametrize("name", ["cosine", "at", "rkd", "sp", "fdcmkd", "cka"])
 def test_what_is_blind_to_gain_has_no_smallest_or_largest_size(name):
     """Squares of these features leave float32."""
-    s, t = draw(0).float(), draw(1).float()
-    for gain in (1e-25, 1e25):
-        assert value(name, gain * s, t) == pytest.approx(value(name, s, t), rel=1e-5)
-        assert value(name, s, gain * t) == pytest.approx(value(name, s, t), rel=1e-5)
+    t = draw(1).float()
+    for s in (draw(0).float(), -draw(0).float().relu()):  # the second has no number above 0
+        for gain in (1e-25, 1e25):
+            assert value(name, gain * s, t) == pytest.approx(value(name, s, t), rel=1e-5)
+            assert value(name, t, gain * s) == pytest.approx(value(name, t, s), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -129,6 +142,15 @@ def test_those_that_need_no_match_take_other_channels_and_grids(name):
     if name == "at":
         with pytest.raises(FreqkdError, match=r"\(5, 3, 4, 6\) and \(5, 3, 7, 5\)"):
             BaselineLoss(name)([s], [draw(1, 5, 3, 7, 5)])
+
+
+def test_a_zero_token_has_no_direction_and_costs_one_unless_both_are_zero():
+    s, t = draw(0, 1, 8, 1, 2), draw(1, 1, 8, 1, 2)
+    usual = value("cosine", s[..., 1:], t[..., 1:])
+    s[..., 0] = 0
+    assert value("cosine", s, t) == pytest.approx((1 + usual) / 2) == value("cosine", t, s)
+    t[..., 0] = 0
+    assert value("cosine", s, t) == pytest.approx(usual / 2)
 
 
 def test_pkd_is_one_minus_pearson_and_sees_no_rounding_of_a_constant():
