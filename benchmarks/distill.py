@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from freqkd_analysis.bands import Bands
-from freqkd_analysis.features import Tap, find_taps
-from freqkd_train import student, taps
+from freqkd_analysis.features import Tap, find_taps, read_taps
+from freqkd_train import student
 from freqkd_train.config import Student
 from freqkd_train.losses import FreqKDLoss
 
@@ -121,13 +121,13 @@ class Stage:
 
     @torch.no_grad()
     def teach(self) -> dict[str, Tensor]:
-        return taps.read(self.teacher, self.taps, self.rgb)
+        return read_taps(self.teacher, self.taps, self.rgb)
 
     def step(self, loss: Loss, cached: bool = False) -> tuple[float, float]:
         """CPU seconds of the loss with its gradient at the features, and of the whole step."""
         start = time.process_time()
         teachers = self.cached if cached else self.teach()
-        features = taps.read(self.student, self.taps, self.ir)
+        features = read_taps(self.student, self.taps, self.ir)
         leaves = {tap: x.detach().requires_grad_() for tap, x in features.items()}
         before = time.process_time()
         loss(leaves, teachers).backward()
@@ -149,7 +149,7 @@ def made(form: Form, stage: Stage) -> Loss:
 def difference(form: Form, stage: Stage) -> float:
     """Largest relative error of value and gradient against the naive form in float64, on the stage's features."""
     with torch.no_grad():
-        features = taps.read(stage.student, stage.taps, stage.ir)
+        features = read_taps(stage.student, stage.taps, stage.ir)
     double = [{tap: x.double() for tap, x in side.items()} for side in (features, stage.cached)]
     expected, wanted = _gradient(naive(form), *double)
     value, gradient = _gradient(made(form, stage), features, stage.cached)

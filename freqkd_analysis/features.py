@@ -287,14 +287,23 @@ def capture(model: nn.Module, images: Tensor, layers: str = "all", norm: bool = 
         >>> capture(model, torch.zeros(2, 3, 64, 64), "layer3")["layer3"].shape
         torch.Size([2, 256, 4, 4])
     """
-    taps = find_taps(model, (int(images.shape[2]), int(images.shape[3])), layers)
+    with torch.no_grad():
+        return read_taps(model, find_taps(model, (int(images.shape[2]), int(images.shape[3])), layers), images, norm)
+
+
+def read_taps(model: nn.Module, taps: Sequence[Tap], images: Tensor, norm: bool = False) -> dict[str, Tensor]:
+    """Features of each tap as (M, C, H, W) copies, with gradients where the caller's mode has them.
+
+    Args: model, taps: from `find_taps` at this input size. images: (M, 3, H, W), normalised.
+    """
     kept: dict[str, Tensor] = {}
 
     def keep(tap: Tap, maps: Tensor) -> None:
+        # A copy: what follows in the network may work in place.
         kept[tap.tap] = maps.transpose(1, 2).unflatten(2, tap.grid).clone()
 
     with Capture(model, taps, keep, norm).hooked() as tapped:
-        tapped.run(images)
+        tapped.forward(images)
     return kept
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from freqkd_analysis.errors import FreqkdError, nearest
-from freqkd_analysis.features import Tap
-from freqkd_train import config, taps
+from freqkd_analysis.features import Tap, read_taps
+from freqkd_train import config
 from freqkd_train.baselines import BASELINES, BaselineLoss
 from freqkd_train.losses import PRESETS, FreqKDLoss, gradient_shares, measured_settings
 from freqkd_train.taps import Match, Paired
@@ -40,7 +40,7 @@ class Teacher:
     @torch.no_grad()
     def images(self, images: Tensor) -> Features:
         self.model.to(images.device)
-        return taps.read(self.model, self.taps, images, self.norm)
+        return read_taps(self.model, self.taps, images, self.norm)
 
 
 class DistillStep(nn.Module):
@@ -72,7 +72,7 @@ class DistillStep(nn.Module):
         """The student's features, matched, and the teacher's."""
         teachers = self.teacher(batch)
         wanted = [tap for _, tap in self.match.pairs]
-        return self.match(taps.read(self.student, wanted, batch["student"])), teachers
+        return self.match(read_taps(self.student, wanted, batch["student"])), teachers
 
     def forward(self, batch: Batch) -> dict[str, Any]:
         out = self.loss(*self.features(batch))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from freqkd_analysis import layers, measure, plan, provenance, schema, shards, terminal
 from freqkd_analysis.conditions import Geometry
 from freqkd_analysis.data.records import PairRecord
-from freqkd_analysis.features import Tap
+from freqkd_analysis.features import Tap, read_taps
 from freqkd_analysis.models import Network
 from freqkd_train import taps
 from freqkd_train.taps import Match, Paired
@@ -56,10 +56,10 @@ class CrossBench(measure.Bench):
         assert self.student is not None and self.match is not None
         half = len(views) // 2
         with torch.no_grad():
-            teachers = taps.read(self.network.model, self.taps, self.input(views[:half], self.network),
+            teachers = read_taps(self.network.model, self.taps, self.input(views[:half], self.network),
                                  self.plan.settings.norm)  # fmt: skip
             wanted = [student for _, student in self.match.pairs]
-            read = taps.read(self.student.model, wanted, self.input(views[half:], self.student))
+            read = read_taps(self.student.model, wanted, self.input(views[half:], self.student))
             students = self.match(read)
         for tap in self.taps:
             both = torch.cat([teachers[tap.tap], students[tap.tap]])
@@ -176,9 +176,9 @@ def ridge(question: Question, student: Network, pairs: Sequence[Paired]) -> dict
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in question.fit():
         device = question.device
-        teachers = taps.read(question.teacher.model.to(device), [t for t, _ in pairs], batch["teacher"].to(device),
+        teachers = read_taps(question.teacher.model.to(device), [t for t, _ in pairs], batch["teacher"].to(device),
                              question.norm)  # fmt: skip
-        students = taps.read(student.model.to(device), [s for _, s in pairs], batch["student"].to(device))
+        students = read_taps(student.model.to(device), [s for _, s in pairs], batch["student"].to(device))
         for teacher, own in pairs:
             y = teachers[teacher.tap].transpose(0, 1).flatten(1).T.double()
             x = taps.resized(students[own.tap], teacher.grid).transpose(0, 1).flatten(1).T.double()

@@ -30,8 +30,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 
 from freqkd_analysis.errors import NetworkError, nearest
-from freqkd_analysis.features import Tap, find_taps, reductions
-from freqkd_train import student, taps
+from freqkd_analysis.features import Tap, find_taps, read_taps, reductions
+from freqkd_train import student
 from freqkd_train.config import ConfigError, Student
 
 NECKS = ("auto", "simple", "fpn", "single")
@@ -117,7 +117,7 @@ class Backbone(nn.Module):
         if any(p.requires_grad for p in self.network.parameters()):
             # What lies behind the last tap gets no gradient: no share of weight decay, no hole under DDP.
             device = next(self.network.parameters()).device
-            probe = taps.read(self.network, self.taps, torch.zeros(1, 3, *self.padded, device=device))
+            probe = read_taps(self.network, self.taps, torch.zeros(1, 3, *self.padded, device=device))
             student.freeze_unused(self.network, torch.stack([x.sum() for x in probe.values()]).sum())
         return way
 
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
             raise NetworkError(f"this detector was made for images of {self.size[0]}x{self.size[1]} px, got a batch of "
                                f"shape {tuple(images.shape)}.")  # fmt: skip
         rows, columns = (new - old for new, old in zip(self.padded, self.size, strict=True))
-        return taps.read(self.network, self.taps, functional.pad(images, (0, columns, 0, rows)))
+        return read_taps(self.network, self.taps, functional.pad(images, (0, columns, 0, rows)))
 
     def maps(self, features: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         """What the neck makes of `read`, in float32: boxes need more than the eight bits of bfloat16."""

@@ -1,7 +1,7 @@
 """Which teacher tap a student tap learns from, and how its features are brought to the teacher's shape.
 
 A student of other width gets a learned 1x1 projector a tap, dropped on export; a grid of other size is resized with
-antialiasing. The reader hands out features with gradients; the teacher's come without.
+antialiasing.
 
 Shapes: B images, C channels, H x W tokens.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from freqkd_analysis.errors import NetworkError
-from freqkd_analysis.features import Capture, Tap
+from freqkd_analysis.features import Tap
 
 Paired = tuple[Tap, Tap]
 """(teacher's tap, student's tap)."""
@@ -119,22 +119,6 @@ def key(tap: str) -> str:
         'blocks_3'
     """
     return tap.replace(".", "_")
-
-
-def read(model: nn.Module, taps: Sequence[Tap], images: Tensor, norm: bool = False) -> dict[str, Tensor]:
-    """Features of each tap as (B, C, H, W) copies, with gradients where the caller's mode has them.
-
-    Args: model, taps: from `features.find_taps` at this input size. images: (B, 3, H, W), normalised.
-    """
-    kept: dict[str, Tensor] = {}
-
-    def keep(tap: Tap, maps: Tensor) -> None:
-        # A copy: what follows in the network may work in place.
-        kept[tap.tap] = maps.transpose(1, 2).unflatten(2, tap.grid).clone()
-
-    with Capture(model, taps, keep, norm).hooked() as tapped:
-        tapped.forward(images)
-    return kept
 
 
 def describe(pairs: Sequence[Paired]) -> list[dict[str, Any]]:

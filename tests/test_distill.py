@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from freqkd_analysis import comparison, models
 from freqkd_analysis.errors import FreqkdError, NetworkError, RunError
+from freqkd_analysis.features import read_taps
 from freqkd_train import config, distill, heldout, job, recipes, revisit, taps
 from freqkd_train import student as students
 from freqkd_train.config import Config
@@ -261,8 +262,8 @@ def test_the_regression_is_least_squares(tmp_path):
     xs, ys = [], []
     with torch.no_grad():
         for batch in batches:
-            y = taps.read(made.teacher.model, [teacher], batch["teacher"])[teacher.tap]
-            x = taps.resized(taps.read(plain.model, [student], batch["student"])[student.tap], teacher.grid)
+            y = read_taps(made.teacher.model, [teacher], batch["teacher"])[teacher.tap]
+            x = taps.resized(read_taps(plain.model, [student], batch["student"])[student.tap], teacher.grid)
             ys.append(y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).numpy().astype(float))
             xs.append(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).numpy().astype(float))
     x, y = np.concatenate(xs), np.concatenate(ys)

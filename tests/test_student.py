@@ -10,7 +10,7 @@ import timm
 import torch
 
 from freqkd_analysis.errors import NetworkError
-from freqkd_analysis.features import Tap, capture, find_taps
+from freqkd_analysis.features import Tap, capture, find_taps, read_taps
 from freqkd_train import student as students
 from freqkd_train import taps
 from freqkd_train.config import ConfigError, Student
@@ -171,7 +171,7 @@ def test_what_the_loss_does_not_reach_is_frozen(images):
     model = vit()
     students.adapt(model, Student(adapt="full"))
     found = find_taps(model, (64, 64), "0,1")
-    students.freeze_unused(model, taps.read(model, found, images)["blocks.1"].square().mean())
+    students.freeze_unused(model, read_taps(model, found, images)["blocks.1"].square().mean())
     frozen = {
         name.split(".")[0] + "." + name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad
     }
@@ -186,7 +186,7 @@ def test_taps_are_read_as_the_analysis_reads_them_and_with_gradients(name, size)
     model = timm.create_model(name, num_classes=0, **sized).eval()
     x = torch.randn(1, 3, *size)
     found = find_taps(model, size)
-    got, wanted = taps.read(model, found, x), capture(model, x)
+    got, wanted = read_taps(model, found, x), capture(model, x)
     assert list(got) == [tap.tap for tap in found]
     for tap in wanted:
         torch.testing.assert_close(got[tap], wanted[tap])
