@@ -9,7 +9,7 @@ Shapes: frames are (3, h, w) float32 in [0, 1]; views are (3, H, W), the network
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,11 @@ class Geometry:
         height, width = self.size
         top, left = (frame.shape[1] - height) // 2 + dy, (frame.shape[2] - width) // 2 + dx
         return frame[:, top : top + height, left : left + width]
+
+    def input(self, view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """The network's (3, H, W) input of a view in [0, 1]: a network's statistics taken out, then padded (`pad`)."""
+        normalised = (view - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        return self.padded(normalised) if self.kind == "pad" else normalised
 
     def padded(self, normalised: Tensor) -> Tensor:
         """(3, h, w) after normalisation to (3, H, W), zeros right and bottom."""

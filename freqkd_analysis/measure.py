@@ -77,10 +77,7 @@ class Bench:
 
     def input(self, views: Sequence[Tensor], network: Network) -> Tensor:
         """Normalise views and put them on the device as one batch."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
-        normal = [(view - mean) / std for view in views]
-        if self.geometry.kind == "pad":
-            normal = [self.geometry.padded(view) for view in normal]
+        normal = [self.geometry.input(view, network.mean, network.std) for view in views]
         return torch.stack(normal).to(self.device)
 
     def forward(

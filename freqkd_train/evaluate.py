@@ -67,7 +67,7 @@ def _detected(built: finetune.Built, target: Target, size: int, out: Path, proto
     parts: list[Detections] = []
     with terminal.counting("images") as count:
         for numbers, batch in source.batches(size):
-            found = detection.predict(built.step, finetune.moved(batch, built.device)["images"])
+            found = detection.predict(built.step, batch["images"].to(built.device))
             parts.append(detection.to_detections(found, numbers, source.native))
             count(numbers[-1] + 1, len(source))
     detections = joined(parts)
@@ -103,7 +103,7 @@ def _segmented(built: finetune.Built, target: Target, size: int, out: Path) -> d
     assert target.masks is not None
     with terminal.counting("images") as count:
         for numbers, batch in source.batches(size):
-            images = finetune.moved(batch, built.device)["images"]
+            images = batch["images"].to(built.device)
             for place, number in enumerate(numbers):
                 truth = annotated.read_mask(target.masks[number])
                 guess = segmentation.predict(built.step, images[place : place + 1], truth.shape, source.content(number))

@@ -103,7 +103,7 @@ def replay(bundle: Path, module: nn.Module) -> dict[str, Any]:
         schedule.seed_step(held["seed"], held["step"] - 1, held["rank"])
         for piece in schedule.parts_of(held["batch"], held["parts"]):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                out = module({k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()})
+                out = module(schedule.on_device(piece, device))
             share = len(piece["ids"]) / settings.batch
             (out["loss"] * share).backward()
             values = {name: float(value) for name, value in values_of(out).items()}

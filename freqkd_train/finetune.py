@@ -24,7 +24,7 @@ from freqkd_analysis.errors import RunError
 from freqkd_analysis.features import reductions
 from freqkd_analysis.models import Network
 from freqkd_train import annotations as annotated
-from freqkd_train import config, detection, downstream, engine, leaks, pairs, segmentation
+from freqkd_train import config, detection, downstream, engine, leaks, pairs, schedule, segmentation
 from freqkd_train.config import ConfigError
 from freqkd_train.downstream import Downstream
 from freqkd_train.pyramid import Backbone
@@ -49,7 +49,7 @@ class Built:
 def build(settings: Downstream, classes: Sequence[str], device: str) -> Built:
     """Backbone and head for these classes. Raises FreqkdError for names or sizes that do not fit."""
     size, seed = settings.data.size, settings.seed
-    step_px = max(reductions(models.create(settings.model, "random", size).model), default=1)
+    step_px = max(reductions(models.architecture(settings.model)), default=1)
     geometry = Geometry.make(settings.data.geometry, size, step_px)
     network = models.create(settings.model, settings.weights, geometry.size, seed)
     head = settings.head
@@ -156,17 +156,9 @@ def _validator(built: Built, held: TargetSource) -> Callable[[], dict[str, float
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(built.settings.seed)  # regions are sampled at random
             for numbers, batch in held.batches(size):
-                total += len(numbers) * float(built.step(moved(batch, built.device))["loss"])
+                total += len(numbers) * float(built.step(schedule.on_device(batch, built.device))["loss"])
                 count += len(numbers)
         built.step.train()
         return {"val/loss": total / count}
 
     return evaluate
-
-
-def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
-    """A batch with its tensors, and those of its targets, on the device."""
-    out = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    if "targets" in out:
-        out["targets"] = [{k: v.to(device) for k, v in one.items()} for one in out["targets"]]
-    return out

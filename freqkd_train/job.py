@@ -238,12 +238,7 @@ def first_batch(job: Job) -> dict[str, Any]:
     """What the first step sees at once."""
     count = min(micro(job.config), len(job.train))
     keys = [(0, int(i)) for i in engine.order(job.config.seed, 0, len(job.train))[:count]]
-    return on_device(job.source.batch(keys), job.device)
-
-
-def on_device(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """A batch with its tensors on the device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return dict(schedule.on_device(job.source.batch(keys), job.device))
 
 
 def validator(job: Job) -> Callable[[], dict[str, float]] | None:
@@ -261,7 +256,7 @@ def validator(job: Job) -> Callable[[], dict[str, float]] | None:
                 size = len(batch["ids"])
                 if size < min(whole, len(job.held)):
                     continue
-                total += size * float(job.step(on_device(batch, job.device))["loss"])
+                total += size * float(job.step(schedule.on_device(batch, job.device))["loss"])
                 count += size
         job.step.train()
         return {"val/loss": total / count}

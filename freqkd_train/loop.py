@@ -130,7 +130,7 @@ class Loop:
     def _shares(self, batch: Batch) -> dict[str, float]:
         if not self.accelerator.is_main_process:
             return {}
-        part = self._on_device(next(schedule.parts_of(batch, self.parts)))
+        part = schedule.on_device(next(schedule.parts_of(batch, self.parts)), self.accelerator.device)
         schedule.seed_step(self.seed, self.done, self.rank)
         self.module.train()
         with self.accelerator.autocast():
@@ -147,7 +147,7 @@ class Loop:
         for i, piece in enumerate(pieces):
             share = len(piece["ids"]) / self.settings.batch
             with contextlib.nullcontext() if i == len(pieces) - 1 else self.accelerator.no_sync(self.model):
-                out = self.model(self._on_device(piece))
+                out = self.model(schedule.on_device(piece, self.accelerator.device))
                 # DDP takes the mean over processes, the share is of the batch of all of them.
                 self.accelerator.backward(out["loss"] * (share * self.world))
             found.append(faults.values_of(out))
@@ -218,10 +218,6 @@ class Loop:
     def _no_room(self, what: str) -> FreqkdError:
         return FreqkdError(f"out of memory {what} on {self.accelerator.device}; set a smaller data.size (or "
                            "student.adapt lora, training.precision bf16).")  # fmt: skip
-
-    def _on_device(self, batch: Batch) -> Batch:
-        device = self.accelerator.device
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def _check_first(self, found: list[dict[str, Tensor]]) -> None:
         """Once a process: every expected term is there, and under DDP every trained parameter is reached."""

@@ -159,7 +159,7 @@ class PairSource:
     ) -> None:  # fmt: skip
         self.records, self.data, self.geometry, self.seed = list(records), data, geometry, seed
         self.conversion = conversion
-        self._teacher, self._student = _columns(teacher_stats), _columns(student_stats)
+        self._teacher, self._student = teacher_stats, student_stats
         self._partners = partners(self.records, seed) if data.pairing == "shuffled" else None
         self._kept = _Kept(cache_bytes)
 
@@ -183,11 +183,7 @@ class PairSource:
             yield self.plain(records[start : start + size])
 
     def _stacked(self, work: Callable[[Any], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:
-        if self.data.workers:
-            with ThreadPoolExecutor(self.data.workers) as pool:
-                found = list(pool.map(work, items))
-        else:
-            found = [work(item) for item in items]
+        found = mapped(work, items, self.data.workers)
         return {
             "ids": [one["id"] for one in found],
             "teacher": torch.stack([one["teacher"] for one in found]),
@@ -223,15 +219,10 @@ class PairSource:
         shown = {"rgb": rgb, "grey": luminance(rgb), "ir": unchanged.expand(3, -1, -1)}[self.data.teacher_input]
         return {
             "id": record.id,
-            "teacher": self._input(shown, self._teacher),
-            "student": self._input(ir.expand(3, -1, -1), self._student),
+            "teacher": self.geometry.input(shown, *self._teacher),
+            "student": self.geometry.input(ir.expand(3, -1, -1), *self._student),
             "flipped": view.flipped,
         }
-
-    def _input(self, image: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
-        mean, std = stats
-        normalised = (image - mean) / std
-        return self.geometry.padded(normalised) if self.geometry.kind == "pad" else normalised
 
     def _framed(self, record: PairRecord, view: View) -> Joint:
         """A pair scaled to the view's frame. Without random crops all frames of a pair are one, and that one is kept;
@@ -245,9 +236,12 @@ class PairSource:
         return transforms.frame(kept, self.geometry, view.zoom) if moving else kept
 
 
-def _columns(stats: Stats) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(tuple(values), dtype=torch.float32).view(-1, 1, 1) for values in stats)
-    return mean, std
+def mapped(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
+    """`work` of each item in order, by so many threads; 0 for none."""
+    if not workers:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, items))
 
 
 def decoded(record: PairRecord, conversion: str) -> Joint:

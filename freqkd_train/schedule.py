@@ -87,6 +87,20 @@ def parts_of(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
         yield {k: v[cut] if isinstance(v, (list, Tensor)) and len(v) == n else v for k, v in batch.items()}
 
 
+def on_device(batch: Any, device: torch.device | str) -> Any:
+    """A batch with its tensors on the device, those in lists and mappings inside it as well.
+
+    Example:
+        >>> on_device({"ids": ["a"], "targets": [{"boxes": torch.zeros(0, 4)}]}, "cpu")["ids"]
+        ['a']
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: on_device(part, device) for name, part in batch.items()}
+    return [on_device(part, device) for part in batch] if isinstance(batch, list) else batch
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """torch's generators for a step (from 0) of a process: what dropout draws is a function of these three numbers."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))

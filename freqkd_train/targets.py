@@ -7,7 +7,6 @@ no object is cut off by the input alone, and `native` brings boxes of the input 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +66,7 @@ class TargetSource:
         return a, b
 
     def _stacked(self, wanted: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        if self.data.workers:
-            with ThreadPoolExecutor(self.data.workers) as pool:
-                found = list(pool.map(lambda item: self._sample(*item), wanted))
-        else:
-            found = [self._sample(*item) for item in wanted]
+        found = pairs.mapped(lambda item: self._sample(*item), wanted, self.data.workers)
         batch: dict[str, Any] = {"ids": [one["id"] for one in found]}
         for name in ("images", "teacher", "masks"):
             if name in found[0]:
@@ -92,9 +87,9 @@ class TargetSource:
         shown = rgb if self.modality == "rgb" else ir
         if rngs is not None:
             shown = transforms.photometric(shown, self.data.ir if self.modality == "ir" else self.data.rgb, rngs[1])
-        out: dict[str, Any] = {"id": record.id, "images": self._input(shown, self.stats)}
+        out: dict[str, Any] = {"id": record.id, "images": self.geometry.input(shown, *self.stats)}
         if self.teacher_stats is not None:
-            out["teacher"] = self._input(rgb, self.teacher_stats)
+            out["teacher"] = self.geometry.input(rgb, *self.teacher_stats)
         if seen.boxes is not None and seen.labels is not None:
             out["target"] = {"boxes": seen.boxes.as_subclass(Tensor), "labels": seen.labels}
         if seen.masks is not None:
@@ -115,11 +110,6 @@ class TargetSource:
         if self.target.masks is None:
             return None
         return torch.from_numpy(annotated.read_mask(self.target.masks[number]))[None]
-
-    def _input(self, image: Tensor, stats: Stats) -> Tensor:
-        mean, std = (torch.tensor(tuple(values), dtype=torch.float32).view(-1, 1, 1) for values in stats)
-        normalised = (image - mean) / std
-        return self.geometry.padded(normalised) if self.geometry.kind == "pad" else normalised
 
     def content(self, number: int) -> tuple[int, int]:
         """Rows and columns of the input that this image fills; padding lies behind them."""
