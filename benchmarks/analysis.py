@@ -298,18 +298,25 @@ def measure(quick: bool, say: Callable[[str], None]) -> list[Row]:
     return rows + gpu_rows(quick)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one network, one round: two minutes")
+def run(about: str, quick: str, measured: Callable[[bool, Callable[[str], None]], list[Row]],
+        shown: Callable[[list[Row]], str], libraries: dict[str, str], arguments: list[str] | None) -> int:  # fmt: skip
+    """A benchmark's command line: measure, then the machine, the table and one line of JSON; 1 if a row failed."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="the JSON line alone on stdout")
     options = parser.parse_args(arguments)
-    rows = measure(options.quick, lambda text: print(text, file=sys.stderr, flush=True))
-    machine = {"date": time.strftime("%Y-%m-%d"), "cpu": cpu_model(), "cores": os.cpu_count(),
-               "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}  # fmt: skip
+    rows = measured(options.quick, lambda text: print(text, file=sys.stderr, flush=True))
+    machine = {"date": time.strftime("%Y-%m-%d"), "cpu": cpu_model(), "cores": os.cpu_count(), **libraries,
+               "python": platform.python_version()}  # fmt: skip
     if not options.json:
-        print(" · ".join(f"{key} {value}" for key, value in machine.items()) + "\n\n" + table(rows) + "\n")
+        print(" · ".join(f"{key} {value}" for key, value in machine.items()) + "\n\n" + shown(rows) + "\n")
     print(json.dumps({**machine, "rows": rows}))
     return int(any(row["verdict"].startswith("FAILED") for row in rows))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    libraries = {"torch": torch.__version__, "numpy": np.__version__}
+    return run(str(__doc__), "one network, one round: two minutes", measure, table, libraries, arguments)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,14 @@ first agrees with masked complex transforms in float64, value and gradient; one 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from analysis import Row, cpu_model, judged, threads
+from analysis import Row, judged, run, threads
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -235,17 +231,7 @@ def measure(quick: bool, say: Callable[[str], None], model: str = "vit_small_pat
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round: a minute")
-    parser.add_argument("--json", action="store_true", help="the JSON line alone on stdout")
-    options = parser.parse_args(arguments)
-    rows = measure(options.quick, lambda text: print(text, file=sys.stderr, flush=True))
-    machine: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cpu": cpu_model(), "cores": os.cpu_count(),
-                               "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
-    if not options.json:
-        print(" · ".join(f"{key} {value}" for key, value in machine.items()) + "\n\n" + table(rows) + "\n")
-    print(json.dumps({**machine, "rows": rows}))
-    return int(any(row["verdict"].startswith("FAILED") for row in rows))
+    return run(str(__doc__), "one round: a minute", measure, table, {"torch": torch.__version__}, arguments)
 
 
 if __name__ == "__main__":

@@ -9,83 +9,69 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from freqkd_analysis import __version__
+from freqkd_analysis.commands import AsJson, application, option
 from freqkd_analysis.errors import FreqkdError
 
-app = typer.Typer(
-    name="freqkd-analyze", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Where, at which layer and spatial frequency, do visible and infrared features of a network differ?",
-)  # fmt: skip
+app = application(
+    "freqkd-analyze",
+    "Where, at which layer and spatial frequency, do visible and infrared features of a network differ?",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: list, verify, synthesise.")
 app.add_typer(data_app, name="data")
 
-_INPUT, _NETWORK, _SPECTRA, _CONTROLS, _MACHINE, _OUTPUT = (
-    "What to measure", "Network", "Spectra and measures", "Controls and sampling", "Machine", "Run and output",
+_INPUT, _NETWORK, _SPECTRA, _CONTROLS, _MACHINE = (
+    "What to measure", "Network", "Spectra and measures", "Controls and sampling", "Machine",
 )  # fmt: skip
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished `layers` run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-
-
-def _option(*names: str, panel: str = _OUTPUT, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **more)
-
-
-@app.callback()
-def _top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
-        print(f"freqkd {__version__}")
-        raise typer.Exit
 
 
 @app.command()
 def layers(
     context: typer.Context,
-    pairs: Annotated[int, _option(panel=_INPUT, min=1, help="Pairs to measure.")] = 500,
-    data: Annotated[str, _option(panel=_INPUT, help="LAYOUT:ROOT, see `data list`.")] = "synthetic",
-    size: Annotated[str, _option(panel=_INPUT, help="Network input, px: N or ROWSxCOLUMNS.")] = "224",
-    geometry: Annotated[str, _option(panel=_INPUT, help="crop | pad (zeros right and bottom).")] = "crop",
-    model: Annotated[str, _option(panel=_NETWORK, help="timm name, freqkd_demo, or auto.")] = "auto",
-    weights: Annotated[str, _option(panel=_NETWORK, help="auto | pretrained | random | FILE.")] = "auto",
-    layers: Annotated[str, _option(panel=_NETWORK, help="all | 7,15,19 | glob such as blocks.*.attn.")] = "all",
-    norm: Annotated[bool, _option("--norm/--no-norm", panel=_NETWORK, help="Final norm on every tap.")] = False,
-    standardize: Annotated[str, _option(panel=_SPECTRA, help="none | token | channel | released.")] = "none",
-    window: Annotated[str, _option(panel=_SPECTRA, help="none | hann | dct.")] = "none",
+    pairs: Annotated[int, option(panel=_INPUT, min=1, help="Pairs to measure.")] = 500,
+    data: Annotated[str, option(panel=_INPUT, help="LAYOUT:ROOT, see `data list`.")] = "synthetic",
+    size: Annotated[str, option(panel=_INPUT, help="Network input, px: N or ROWSxCOLUMNS.")] = "224",
+    geometry: Annotated[str, option(panel=_INPUT, help="crop | pad (zeros right and bottom).")] = "crop",
+    model: Annotated[str, option(panel=_NETWORK, help="timm name, freqkd_demo, or auto.")] = "auto",
+    weights: Annotated[str, option(panel=_NETWORK, help="auto | pretrained | random | FILE.")] = "auto",
+    layers: Annotated[str, option(panel=_NETWORK, help="all | 7,15,19 | glob such as blocks.*.attn.")] = "all",
+    norm: Annotated[bool, option("--norm/--no-norm", panel=_NETWORK, help="Final norm on every tap.")] = False,
+    standardize: Annotated[str, option(panel=_SPECTRA, help="none | token | channel | released.")] = "none",
+    window: Annotated[str, option(panel=_SPECTRA, help="none | hann | dct.")] = "none",
     bands: Annotated[
         str,
-        _option(
+        option(
             panel=_SPECTRA,
             help="octave:K, linear:K, equal-modes:K, paper, split:C, released:C "
             "or edges such as 0.1,0.25 (cycles per token).",
         ),
     ] = "octave:3",
-    measure: Annotated[str, _option(panel=_SPECTRA, help="all, or some of cosine,relative,nmse,mse,...")] = "all",
+    measure: Annotated[str, option(panel=_SPECTRA, help="all, or some of cosine,relative,nmse,mse,...")] = "all",
     conditions: Annotated[
-        str, _option(panel=_CONTROLS, metavar="LIST|none|all", help="Controls beside `paired`.")
+        str, option(panel=_CONTROLS, metavar="LIST|none|all", help="Controls beside `paired`.")
     ] = "all",
-    cka: Annotated[bool, _option(panel=_SPECTRA, help="Debiased CKA over the control pairs, a band.")] = False,
-    mmd: Annotated[bool, _option(panel=_SPECTRA, help="Squared MMD over the control pairs, a band.")] = False,
+    cka: Annotated[bool, option(panel=_SPECTRA, help="Debiased CKA over the control pairs, a band.")] = False,
+    mmd: Annotated[bool, option(panel=_SPECTRA, help="Squared MMD over the control pairs, a band.")] = False,
     control_pairs: Annotated[
-        int, _option(panel=_CONTROLS, min=2, help="Pairs of the image controls and mean maps.")
+        int, option(panel=_CONTROLS, min=2, help="Pairs of the image controls and mean maps.")
     ] = 100,
-    sample: Annotated[str, _option(panel=_CONTROLS, help="stratified | random | first.")] = "stratified",
-    seed: Annotated[int, _option(panel=_CONTROLS, min=0, help="Of sampling, noise, random weights, resampling.")] = 0,
-    batch_size: Annotated[str, _option(panel=_MACHINE, metavar="N|auto", help="Pairs a forward.")] = "auto",
-    device: Annotated[str, _option(panel=_MACHINE, help="auto | cpu | cuda | cuda:N.")] = "auto",
-    dtype: Annotated[str, _option(panel=_MACHINE, help="fp32 | bf16 (network alone; spectra stay fp32).")] = "fp32",
-    workers: Annotated[int, _option(panel=_MACHINE, min=0, help="Threads that decode images.")] = 2,
-    max_bad: Annotated[int, _option(panel=_OUTPUT, min=0, help="Unreadable pairs to leave out before failing.")] = 10,
-    preset: Annotated[str, _option(panel=_OUTPUT, help="paper: the FreqKD release's analysis.")] = "",
-    resume: Annotated[bool, _option(panel=_OUTPUT, help="Finish the interrupted run in --out.")] = False,
-    dry_run: Annotated[bool, _option(panel=_OUTPUT, help="Say time, memory and disk from one batch.")] = False,
-    as_json: Annotated[bool, _option("--json", panel=_OUTPUT, help="The verdict as JSON on stdout.")] = False,
-    out: Annotated[Path | None, _option(panel=_OUTPUT, help="Run folder [default: runs/TIME-layers].")] = None,
+    sample: Annotated[str, option(panel=_CONTROLS, help="stratified | random | first.")] = "stratified",
+    seed: Annotated[int, option(panel=_CONTROLS, min=0, help="Of sampling, noise, random weights, resampling.")] = 0,
+    batch_size: Annotated[str, option(panel=_MACHINE, metavar="N|auto", help="Pairs a forward.")] = "auto",
+    device: Annotated[str, option(panel=_MACHINE, help="auto | cpu | cuda | cuda:N.")] = "auto",
+    dtype: Annotated[str, option(panel=_MACHINE, help="fp32 | bf16 (network alone; spectra stay fp32).")] = "fp32",
+    workers: Annotated[int, option(panel=_MACHINE, min=0, help="Threads that decode images.")] = 2,
+    max_bad: Annotated[int, option(min=0, help="Unreadable pairs to leave out before failing.")] = 10,
+    preset: Annotated[str, option(help="paper: the FreqKD release's analysis.")] = "",
+    resume: Annotated[bool, option(help="Finish the interrupted run in --out.")] = False,
+    dry_run: Annotated[bool, option(help="Say time, memory and disk from one batch.")] = False,
+    as_json: Annotated[bool, option("--json", help="The verdict as JSON on stdout.")] = False,
+    out: Annotated[Path | None, option(help="Run folder [default: runs/TIME-layers].")] = None,
 ) -> None:
     """Measure, layer by layer and band by band, how far visible and infrared features diverge.
 

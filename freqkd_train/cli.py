@@ -12,33 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from freqkd_analysis import __version__
+from freqkd_analysis.commands import AsJson, application, option
 
-app = typer.Typer(
-    name="freqkd-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Distil a network's features of visible images into a student of infrared images, band by band.",
-)  # fmt: skip
+app = application(
+    "freqkd-train", "Distil a network's features of visible images into a student of infrared images, band by band."
+)
 config_app = typer.Typer(no_args_is_help=True, help="Settings: show, compare, list losses and recipes.")
 cache_app = typer.Typer(no_args_is_help=True, help="Stored teacher features: list and remove.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 
-_WHAT, _LOSS, _LOOP, _RUN = "What is distilled", "Loss", "Training", "Run and output"
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-
-
-def _option(*names: str, panel: str = _RUN, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **more)
-
-
-@app.callback()
-def _top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
-        print(f"freqkd {__version__}")
-        raise typer.Exit
+_WHAT, _LOSS, _LOOP = "What is distilled", "Loss", "Training"
 
 
 OPTIONS = {
@@ -55,36 +39,36 @@ OPTIONS = {
 @app.command()
 def distill(
     context: typer.Context,
-    data: Annotated[str, _option(panel=_WHAT, help="LAYOUT:ROOT, see `freqkd-analyze data list`.")] = "synthetic",
-    teacher: Annotated[str, _option(panel=_WHAT, help="timm name, freqkd_demo, or auto.")] = "auto",
-    student: Annotated[str, _option(panel=_WHAT, help="timm name; empty: the teacher's.")] = "",
-    teacher_weights: Annotated[str, _option(panel=_WHAT, help="auto | pretrained | random | FILE.")] = "auto",
-    student_weights: Annotated[str, _option(panel=_WHAT, help="The same, or mix:A:FILE.")] = "auto",
-    layers: Annotated[str, _option(panel=_WHAT, help="Of the teacher: all | 7,15,19 | glob.")] = "all",
-    size: Annotated[str, _option(panel=_WHAT, help="Network input, px: N or ROWSxCOLUMNS.")] = "224",
-    adapt: Annotated[str, _option(panel=_WHAT, help="auto | lora | full | last:K | head.")] = "auto",
-    merge: Annotated[float | None, _option(panel=_WHAT, help="Share of the change kept on export.")] = None,
-    loss: Annotated[str, _option(panel=_LOSS, help="See `freqkd-train config losses`.")] = "released",
-    weights_from: Annotated[str, _option(panel=_LOSS, help="Run of the analysis, for `measured`.")] = "",
-    rule: Annotated[str, _option(panel=_LOSS, help="shared | precision.")] = "shared",
-    normalize: Annotated[str, _option(panel=_LOSS, help="none | band (by the teacher's energy).")] = "none",
+    data: Annotated[str, option(panel=_WHAT, help="LAYOUT:ROOT, see `freqkd-analyze data list`.")] = "synthetic",
+    teacher: Annotated[str, option(panel=_WHAT, help="timm name, freqkd_demo, or auto.")] = "auto",
+    student: Annotated[str, option(panel=_WHAT, help="timm name; empty: the teacher's.")] = "",
+    teacher_weights: Annotated[str, option(panel=_WHAT, help="auto | pretrained | random | FILE.")] = "auto",
+    student_weights: Annotated[str, option(panel=_WHAT, help="The same, or mix:A:FILE.")] = "auto",
+    layers: Annotated[str, option(panel=_WHAT, help="Of the teacher: all | 7,15,19 | glob.")] = "all",
+    size: Annotated[str, option(panel=_WHAT, help="Network input, px: N or ROWSxCOLUMNS.")] = "224",
+    adapt: Annotated[str, option(panel=_WHAT, help="auto | lora | full | last:K | head.")] = "auto",
+    merge: Annotated[float | None, option(panel=_WHAT, help="Share of the change kept on export.")] = None,
+    loss: Annotated[str, option(panel=_LOSS, help="See `freqkd-train config losses`.")] = "released",
+    weights_from: Annotated[str, option(panel=_LOSS, help="Run of the analysis, for `measured`.")] = "",
+    rule: Annotated[str, option(panel=_LOSS, help="shared | precision.")] = "shared",
+    normalize: Annotated[str, option(panel=_LOSS, help="none | band (by the teacher's energy).")] = "none",
     match_gradient: Annotated[
-        str, _option(panel=_LOSS, help="Scale to this FreqKD preset's gradient at step 0, such as released.")
+        str, option(panel=_LOSS, help="Scale to this FreqKD preset's gradient at step 0, such as released.")
     ] = "",
-    epochs: Annotated[int, _option(panel=_LOOP, min=0, help="Passes over the training pairs.")] = 12,
-    batch_size: Annotated[int, _option(panel=_LOOP, min=1, help="Pairs a step.")] = 32,
-    lr: Annotated[float, _option(panel=_LOOP, help="Highest learning rate.")] = 2e-4,
-    cache_gb: Annotated[float, _option(panel=_LOOP, min=0, help="Room for stored teacher features.")] = 0.0,
-    device: Annotated[str, _option(panel=_LOOP, help="auto | cpu | cuda | cuda:N.")] = "auto",
-    seed: Annotated[int, _option(panel=_LOOP, min=0, help="Of split, order, augmentation, initial weights.")] = 0,
-    recipe: Annotated[str, _option(help="Start from a recipe, see `freqkd-train config recipes`.")] = "",
-    preset: Annotated[str, _option(help="Scale of the recipe: paper | compact | smoke.")] = "",
-    config: Annotated[Path | None, _option(help="Start from a YAML file, such as a run's config.yaml.")] = None,
-    changes: Annotated[list[str] | None, _option("--set", metavar="KEY=VALUE", help="Any setting.")] = None,
-    resume: Annotated[bool, _option(help="Finish the interrupted run in --out.")] = False,
-    dry_run: Annotated[bool, _option(help="Say parameters, memory, disk and time from a few steps.")] = False,
-    as_json: Annotated[bool, _option("--json", help="One JSON object on stdout.")] = False,
-    out: Annotated[Path | None, _option(help="Run folder [default: runs/TIME-distill].")] = None,
+    epochs: Annotated[int, option(panel=_LOOP, min=0, help="Passes over the training pairs.")] = 12,
+    batch_size: Annotated[int, option(panel=_LOOP, min=1, help="Pairs a step.")] = 32,
+    lr: Annotated[float, option(panel=_LOOP, help="Highest learning rate.")] = 2e-4,
+    cache_gb: Annotated[float, option(panel=_LOOP, min=0, help="Room for stored teacher features.")] = 0.0,
+    device: Annotated[str, option(panel=_LOOP, help="auto | cpu | cuda | cuda:N.")] = "auto",
+    seed: Annotated[int, option(panel=_LOOP, min=0, help="Of split, order, augmentation, initial weights.")] = 0,
+    recipe: Annotated[str, option(help="Start from a recipe, see `freqkd-train config recipes`.")] = "",
+    preset: Annotated[str, option(help="Scale of the recipe: paper | compact | smoke.")] = "",
+    config: Annotated[Path | None, option(help="Start from a YAML file, such as a run's config.yaml.")] = None,
+    changes: Annotated[list[str] | None, option("--set", metavar="KEY=VALUE", help="Any setting.")] = None,
+    resume: Annotated[bool, option(help="Finish the interrupted run in --out.")] = False,
+    dry_run: Annotated[bool, option(help="Say parameters, memory, disk and time from a few steps.")] = False,
+    as_json: Annotated[bool, option("--json", help="One JSON object on stdout.")] = False,
+    out: Annotated[Path | None, option(help="Run folder [default: runs/TIME-distill].")] = None,
 ) -> None:
     """Train a student on infrared images to have the teacher's features of the visible ones.
 
@@ -150,19 +134,17 @@ def _study(recipe: str) -> Any:
     """The command of a downstream recipe: all of them take the same words."""
 
     def command(
-        data: Annotated[str, _option(panel=_DATA, help="LAYOUT:ROOT of annotated pairs, or synthetic.")] = "synthetic",
-        methods: Annotated[str, _option(panel=_ARMS, help="Arms, such as none,mse,cosine,freqkd.")] = "none,mse,freqkd",
-        controls: Annotated[bool, _option("--controls", panel=_ARMS, help="The control arms as well.")] = False,
-        seeds: Annotated[str, _option(panel=_ARMS, help="Such as 0,1,2.")] = "0",
-        preset: Annotated[str, _option(panel=_ARMS, help="paper | compact | smoke.")] = "compact",
-        model: Annotated[str, _option(panel=_ARMS, help="Teacher and student [default: the preset's].")] = "",
-        weights: Annotated[str, _option(panel=_ARMS, help="Of the model: auto | random | FILE.")] = "",
-        device: Annotated[str, _option(help="auto | cpu | cuda | cuda:N.")] = "auto",
-        start: Annotated[str, _option("--from", help="Redo from analyse | distil | finetune | evaluate on.")] = "",
+        data: Annotated[str, option(panel=_DATA, help="LAYOUT:ROOT of annotated pairs, or synthetic.")] = "synthetic",
+        methods: Annotated[str, option(panel=_ARMS, help="Arms, such as none,mse,cosine,freqkd.")] = "none,mse,freqkd",
+        controls: Annotated[bool, option("--controls", panel=_ARMS, help="The control arms as well.")] = False,
+        seeds: Annotated[str, option(panel=_ARMS, help="Such as 0,1,2.")] = "0",
+        preset: Annotated[str, option(panel=_ARMS, help="paper | compact | smoke.")] = "compact",
+        model: Annotated[str, option(panel=_ARMS, help="Teacher and student [default: the preset's].")] = "",
+        weights: Annotated[str, option(panel=_ARMS, help="Of the model: auto | random | FILE.")] = "",
+        device: Annotated[str, option(help="auto | cpu | cuda | cuda:N.")] = "auto",
+        start: Annotated[str, option("--from", help="Redo from analyse | distil | finetune | evaluate on.")] = "",
         as_json: AsJson = False,
-        out: Annotated[
-            Path | None, _option(help="Study folder, resumed when it exists [default: runs/RECIPE].")
-        ] = None,
+        out: Annotated[Path | None, option(help="Study folder, resumed when it exists [default: runs/RECIPE].")] = None,
     ) -> None:
         from freqkd_analysis import terminal
         from freqkd_train import choose, study

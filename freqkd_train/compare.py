@@ -19,7 +19,7 @@ from freqkd_analysis.errors import FreqkdError, RunError
 from freqkd_analysis.runfolder import number
 from freqkd_train import annotations as annotated
 from freqkd_train import evaluate, score
-from freqkd_train.metrics import coco, intervals, miou
+from freqkd_train.metrics import intervals, miou
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 REFERENCES = ("none", "mse")
 """Methods that the others are told against, where they are there."""
-HIGHER = {"ap50": True, "ap50_all_boxes": True, "mr_all": False, "miou_9": True, "miou_8": True}
+LOWER = ("mr_all",)
+"""Metrics of which less is better."""
 
 
 def compare(folders: Sequence[Path], draws: int = statistics.DRAWS, seed: int = 0, force: bool = False) -> pd.DataFrame:
@@ -104,14 +105,10 @@ def _figures(runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> tuple[d
     assert truth is not None
     found = [evaluate.read_predictions(folder, target) for folder in folders]
     unit = intervals.units(truth)
-    if runs[0]["protocol"] == "coco":
-        return {"ap50": [intervals.average_precision_50(truth, d, ~truth.ignore, unit) for d in found]}, unit
-    person = score.person_of(truth)
-    readings = coco.readings(truth, person)
-    rules = {"ap50": readings["reasonable"], "ap50_all_boxes": readings["all_boxes"]}
-    figures = {name: [intervals.average_precision_50(changed, d, counted, unit) for d in found]
-               for name, (changed, counted) in rules.items()}  # fmt: skip
-    return figures | {"mr_all": [intervals.miss_rate(truth, d, unit, person=person) for d in found]}, unit
+    figures = score.precisions(truth, found, runs[0]["protocol"], unit)
+    if runs[0]["protocol"] == "kaist":
+        figures["mr_all"] = score.miss_rates(truth, found, unit)
+    return figures, unit
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -157,7 +154,7 @@ def _between(low: float, high: float) -> str:
 
 def _better(row: dict[str, Any], metric: str) -> bool:
     low, high = row.get("to_none_low", float("nan")), row.get("to_none_high", float("nan"))
-    return bool(low > 0 if HIGHER.get(metric, True) else high < 0)
+    return bool(high < 0 if metric in LOWER else low > 0)
 
 
 def write(table: pd.DataFrame, out: Path) -> list[Path]:

@@ -174,11 +174,11 @@ def ridge(question: Question, student: Network, pairs: Sequence[Paired]) -> dict
     Both on the teacher's grid, in float64; RIDGE times the mean squared channel on the diagonal, none on the constant.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
+    device, unlike = question.device, ([t for t, _ in pairs], [s for _, s in pairs])
+    networks = question.teacher.model.to(device), student.model.to(device)
     for batch in question.fit():
-        device = question.device
-        teachers = read_taps(question.teacher.model.to(device), [t for t, _ in pairs], batch["teacher"].to(device),
-                             question.norm)  # fmt: skip
-        students = read_taps(student.model.to(device), [s for _, s in pairs], batch["student"].to(device))
+        teachers = read_taps(networks[0], unlike[0], batch["teacher"].to(device), question.norm)
+        students = read_taps(networks[1], unlike[1], batch["student"].to(device))
         for teacher, own in pairs:
             y = teachers[teacher.tap].transpose(0, 1).flatten(1).T.double()
             x = taps.resized(students[own.tap], teacher.grid).transpose(0, 1).flatten(1).T.double()
@@ -210,8 +210,7 @@ def draw(table: pd.DataFrame, out: Path) -> None:
         f"held-out change, teacher(RGB) to student(IR), n = {n} pairs in {groups} groups", chosen,
         lambda t, ax: plots.change_by_layer(t, ax, name), 6.5, "Below 0 the student moved towards the teacher.",
     )  # fmt: skip
-    for path in figures.write_drawn(out, figures.render("change_by_layer", drawing)):
-        assert path.is_file()
+    figures.write_drawn(out, figures.render("change_by_layer", drawing))
 
 
 def rows(table: pd.DataFrame, measure_: str, condition: str = "mean_removed") -> pd.DataFrame:

@@ -87,7 +87,7 @@ def thumbnail(record: PairRecord) -> np.ndarray:
     else:
         # Per image: the thumbnail does not see level and contrast, and no window of the data set is needed.
         infrared, _ = decode.read_ir(record.ir, "image")
-    return verify._thumb(infrared).astype(np.float32)
+    return verify.thumb(infrared).astype(np.float32)
 
 
 def _look_alikes(
@@ -99,7 +99,7 @@ def _look_alikes(
     """
     records = [*train, *test]
     with ThreadPoolExecutor(2) as pool:
-        thumbs = np.zeros((len(records), verify._THUMB**2), np.float32)
+        thumbs = np.zeros((len(records), verify.THUMB**2), np.float32)
         for done, thumb in enumerate(pool.map(thumbnail, records)):
             thumbs[done] = thumb
             if progress:
@@ -113,7 +113,7 @@ def _look_alikes(
         alike[(light != lights) & (light != "") & (lights != "")] = 0
         nearest = alike.argmax(axis=1)
         for row, column in enumerate(nearest):
-            if alike[row, column] > verify._ALIKE:
+            if alike[row, column] > verify.ALIKE:
                 found.append((-float(alike[row, column]), test[start + row].id, train[column].id))
     return [(name, other) for _, name, other in sorted(found)]
 

@@ -146,15 +146,10 @@ def compare(
         part, parts = truth.take(images), [one.take(images, len(truth.names)) for one in found]
         unit = intervals.units(part)
         figures: dict[str, list[intervals.Figure]] = {}
-        rules = {"ap50": (part, ~part.ignore)}
         if protocol == "kaist":
-            person = person_of(part)
-            figures[f"mr_{subset}"] = [intervals.miss_rate(part, one, unit, person=person) for one in parts]
-            readings = coco.readings(part, person)
-            rules = {"ap50": readings["reasonable"], "ap50_all_boxes": readings["all_boxes"]}
+            figures[f"mr_{subset}"] = miss_rates(part, parts, unit)
         if subset == "all":
-            for name, (changed, counted) in rules.items():
-                figures[name] = [intervals.average_precision_50(changed, one, counted, unit) for one in parts]
+            figures |= precisions(part, parts, protocol, unit)
         result = intervals.paired(figures, unit, draws, seed)
         if result["warning"]:
             content["warnings"].append(f"{subset}: {result['warning']}")
@@ -162,6 +157,24 @@ def compare(
             scaled = {key: [_scaled(row) for row in rows[key]] for key in ("runs", "differences")}
             content["figures"][name] = scaled | {"groups": result["groups"], "unit": result["unit"]}
     return content
+
+
+def miss_rates(truth: Truth, found: Sequence[Detections], unit: statistics.Units) -> list[intervals.Figure]:
+    """The Reasonable miss rate of each run as a figure that can be resampled."""
+    person = person_of(truth)
+    return [intervals.miss_rate(truth, one, unit, person=person) for one in found]
+
+
+def precisions(
+    truth: Truth, found: Sequence[Detections], protocol: str, unit: statistics.Units
+) -> dict[str, list[intervals.Figure]]:
+    """AP50 of each run, by name of the rule that says which boxes count: of kaist both, else the truth's own."""
+    rules = {"ap50": (truth, ~truth.ignore)}
+    if protocol == "kaist":
+        readings = coco.readings(truth, person_of(truth))
+        rules = {"ap50": readings["reasonable"], "ap50_all_boxes": readings["all_boxes"]}
+    return {name: [intervals.average_precision_50(changed, one, counted, unit) for one in found]
+            for name, (changed, counted) in rules.items()}  # fmt: skip
 
 
 def card_of(read: Annotations, protocol: str = "", style: str = "matlab") -> Card:

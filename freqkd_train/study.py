@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from freqkd_analysis import schema
 from freqkd_analysis.errors import FreqkdError, nearest
 from freqkd_train import annotations as annotated_images
-from freqkd_train import compare, evaluate, finetune, job, recipes
+from freqkd_train import compare, config, evaluate, finetune, job, recipes
 from freqkd_train.config import Config, ConfigError, Section
 from freqkd_train.downstream import Downstream
 
@@ -29,22 +29,20 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+CONTROLS = ("shuffled", "ir_teacher", "grey")
 METHODS: dict[str, dict[str, Any]] = {
-    "none": {"loss.name": "none"},
-    "mse": {"loss.name": "uniform", "loss.match_gradient": "released"},
+    "none": recipes.CONTROLS["none"],
+    "mse": recipes.CONTROLS["uniform_matched"],
     "cosine": {"loss.name": "cosine"},
-    "response": {"loss.name": "none"},
+    "response": recipes.CONTROLS["none"],
     "freqkd": {"loss.name": "released"},
     "measured": {"loss.name": "measured"},
-    "shuffled": {"loss.name": "released", "data.pairing": "shuffled"},
-    "ir_teacher": {"loss.name": "released", "data.teacher_input": "ir"},
-    "grey": {"loss.name": "released", "data.teacher_input": "grey"},
-    "rgb": {"loss.name": "none"},
+    **{name: recipes.CONTROLS[name] for name in CONTROLS},
+    "rgb": recipes.CONTROLS["none"],
 }
 """Arms of a study. `response`: no distillation of features, but of a detector trained on visible images in the
 fine-tuning; `rgb`: that detector, on visible images, for reference. Every arm has the same fine-tuning, merge and
 consistency term."""
-CONTROLS = ("shuffled", "ir_teacher", "grey")
 STAGES = ("analyse", "distil", "finetune", "evaluate", "compare")
 SCENES = "pairs=60,groups=12,size=640x512"
 """The synthetic data of a study without data."""
@@ -90,14 +88,14 @@ def distillation(study: Study, method: str, seed: int, spec: str, weights_from: 
         changes |= {"teacher.name": study.model, "teacher.layers": "all"}
     if study.weights:
         changes["teacher.weights"] = study.weights
-    if METHODS[method]["loss.name"] == "measured":
+    if method == "measured":
         changes["loss.weights_from"] = str(weights_from)
     return base.updated(changes)
 
 
 def finetuning(study: Study, method: str, seed: int, spec: str, stage1: Path, out: Path) -> Downstream:
     """Settings of stage 2 for one arm: the same for all but the student's weights."""
-    made = Config.model_validate(_yaml(stage1 / "config.yaml"))
+    made = config.read(stage1 / "config.yaml")
     task = TASKS[study.recipe]
     smoke = study.preset == "smoke"
     head: dict[str, Any] = {"kind": "light" if task == "segment" else "faster_rcnn",
@@ -119,12 +117,6 @@ def finetuning(study: Study, method: str, seed: int, spec: str, stage1: Path, ou
         "data": {"size": list(made.data.size), "geometry": "pad", "holdout": 0.2 if smoke else 0.1, "flip": 0.5},
         "head": head, "training": training,
     })  # fmt: skip
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    from freqkd_train import config
-
-    return config.tree(path)
 
 
 def annotated(study: Study, out: Path, say: Say) -> str:

@@ -25,7 +25,7 @@ ROWS = """
     plots  methods_text  console
     figures  terminal
     report
-    options  inspection  layers
+    options  inspection  layers  commands
     cli
     __main__
 """

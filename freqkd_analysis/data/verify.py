@@ -24,8 +24,8 @@ MAX_SHIFT = 24
 """Search range of the shift in image px; a shift at its edge may be larger still."""
 
 _EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
-_ALIKE = 0.98
-_THUMB = 16
+ALIKE = 0.98
+THUMB = 16
 _MOST_COMPARED = 5000
 """Near duplicates are sought among at most this many pairs: the search is quadratic."""
 
@@ -104,7 +104,7 @@ class _Seen:
         self.false_colour = bool(pair.meta.get("ir_false_colour", False))
         self.hashes = _hashes(self.record, pair)
         self.same = visible.shape == pair.ir.shape and self.grey and bool(np.abs(visible - pair.ir).max() < 1e-3)
-        self.thumbs = _thumb(visible), _thumb(pair.ir)
+        self.thumbs = thumb(visible), thumb(pair.ir)
         if registration and visible.shape == pair.ir.shape:
             from freqkd_analysis import spectral
 
@@ -209,7 +209,7 @@ def _near(seen: Sequence[_Seen]) -> dict[str, Any]:
     alike = np.ones((len(seen), len(seen)), dtype=bool)
     for place in range(2):
         thumbs = np.array([one.thumbs[place] for one in seen], dtype=np.float32).reshape(len(seen), -1)
-        alike &= thumbs @ thumbs.T > _ALIKE
+        alike &= thumbs @ thumbs.T > ALIKE
     left, right = np.nonzero(np.triu(alike, 1))
     across = groups[left] != groups[right]
     named = [[seen[i].record.id, seen[j].record.id] for i, j in zip(left[across], right[across], strict=True)]
@@ -269,9 +269,9 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _thumb(plane: np.ndarray) -> np.ndarray:
+def thumb(plane: np.ndarray) -> np.ndarray:
     """Block means on a 16x16 grid, less their mean, of unit length (zeros for a flat image)."""
-    rows, columns = (np.linspace(0, n, _THUMB, endpoint=False).astype(int) for n in plane.shape)
+    rows, columns = (np.linspace(0, n, THUMB, endpoint=False).astype(int) for n in plane.shape)
     sums = np.add.reduceat(np.add.reduceat(plane.astype(np.float64), rows, axis=0), columns, axis=1)
     area = np.outer(np.diff([*rows, plane.shape[0]]), np.diff([*columns, plane.shape[1]]))
     small = sums / np.maximum(area, 1)
