@@ -31,9 +31,16 @@ def option(*names: str, panel: str = OUTPUT, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **more)
 
 
-def _top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         print(f"freqkd {__version__}")
         raise typer.Exit
+
+
+def _top(
+    # By a callback of its own: a command line without a command is refused before the body of this function runs.
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass

@@ -313,3 +313,11 @@ def test_the_index_is_the_one_that_pip_would_use(bootstrap: Any, monkeypatch: py
 def test_wrong_use_of_the_bootstrap(bootstrap: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bootstrap.main(arguments) == 2
     assert "expected one of run, test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["freqkd_analysis", "freqkd_train"])
+def test_each_command_line_tells_its_version(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"{package}.cli").main(["--version"])
+    assert ended.value.code == 0
+    assert f"freqkd {freqkd_analysis.__version__}" in capsys.readouterr().out
