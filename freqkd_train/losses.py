@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from freqkd_analysis.bands import Bands
 from freqkd_analysis.errors import FreqkdError, RunError, first, nearest
 from freqkd_analysis.provenance import NUMBER, read_object
-from freqkd_analysis.spectral import STANDARDIZATIONS, BandFilter, band_filter, standardized
+from freqkd_analysis.spectral import STANDARDIZATIONS, BandFilter, band_filter, standardize
 
 Features = Mapping[str, Tensor] | Sequence[Tensor]
 Grid = tuple[int, int]
@@ -139,7 +139,7 @@ class FreqKDLoss(nn.Module):
             return s_BCHW.new_zeros(len(plan.weights), dtype=dtype).unbind()
         with torch.autocast(s_BCHW.device.type, enabled=False):
             s, t = (x.to(dtype).flatten(2).transpose(1, 2) for x in (s_BCHW, t_BCHW))
-            s, t = (standardized(x, self.standardize).contiguous() for x in (s, t))
+            s, t = (standardize(x, self.standardize).contiguous() for x in (s, t))
             split = band_filter(plan.bands, dtype, s.device)
             return _Terms.apply(s, t, split, plan.forms, plan.weights).unbind()
 
