@@ -207,7 +207,7 @@ def draw(table: pd.DataFrame, out: Path) -> None:
     chosen = chosen.assign(layer=chosen["layer"].astype(int)).reset_index(drop=True)
     n, groups = int(table["n"].max()), int(table["groups"].max())
     drawing = figures.Drawing(
-        f"held-out change, teacher(RGB) to student(IR), n = {n} pairs in {groups} groups", chosen,
+        f"held-out change, teacher(RGB) to student(IR)\nn = {n} pairs in {groups} groups", chosen,
         lambda t, ax: plots.change_by_layer(t, ax, name), 6.5, "Below 0 the student moved towards the teacher.",
     )  # fmt: skip
     figures.write_drawn(out, figures.render("change_by_layer", drawing))
