@@ -131,7 +131,7 @@ def cells(table: pd.DataFrame, bold: str = "{}") -> list[list[str]]:
     references = [name for name in REFERENCES if f"to_{name}" in table]
     head = ["method (seeds)"]
     for metric in metrics:
-        head += [f"{metric} %", *(f"to {name}" for name in references)]
+        head += [f"{metric} %", *(f"{metric} to {name}" for name in references)]
     rows = [head]
     for method in dict.fromkeys(table["method"]):
         part = {row["metric"]: row for row in table[table["method"] == method].to_dict("records")}

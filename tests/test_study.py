@@ -92,3 +92,17 @@ def test_bad_words():
         study.methods("none,frekd", False)
     with pytest.raises(RunError, match=r"no metrics\.json"):
         compare.compare([Path("nowhere")])
+
+
+def test_the_table_shown_holds_each_metrics_own_difference(done, capsys):
+    """A column a metric and reference: with one name for all, the last metric's difference stood under the first."""
+    from freqkd_train import choose
+
+    table = compare.compare([done / "evaluate" / name for name in ("none-0", "freqkd-0")], draws=50)
+    head, *rows = compare.cells(table)
+    assert len(set(head)) == len(head) == len(rows[0])
+    choose.show_comparison(table, None, False)
+    shown = capsys.readouterr().out
+    for metric in ("miou_9", "miou_8"):
+        row = table[(table["method"] == "freqkd") & (table["metric"] == metric)].iloc[0]
+        assert f"{row['to_none']:+.2f} [" in shown
