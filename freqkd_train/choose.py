@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freqkd_analysis import options
-from freqkd_analysis.errors import RunError, nearest
+from freqkd_analysis.errors import FreqkdError, RunError, nearest
 from freqkd_analysis.provenance import plain
 from freqkd_analysis.runfolder import measured, number
 from freqkd_train import config as files
@@ -131,14 +131,16 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def show_comparison(table: pd.DataFrame, out: Path | None, as_json: bool) -> None:
-    """Method x metric on stdout, files on stderr; or all rows as JSON."""
+def show_comparison(table: pd.DataFrame, out: Path | None, as_json: bool, unlike: str = "") -> None:
+    """Method x metric on stdout, files on stderr; or all rows as JSON. unlike: in what the protocols differ."""
     from freqkd_analysis import terminal
     from freqkd_train import compare
 
     if as_json:
         print(json.dumps(plain(table.to_dict("records"))))
         return
+    if unlike:
+        print(f"Not evaluated alike:\n{unlike}\n")
     head, *rows = compare.cells(table)
     terminal.show([dict(zip(head, row, strict=True)) for row in rows], False)
     if out is not None:
@@ -159,3 +161,28 @@ def show_metrics(found: Mapping[str, Any], out: Path, as_json: bool) -> None:
     else:
         print(score.text(found))
     terminal.say(str(out))
+
+
+def draw_scored(annotations: Path, results: Sequence[Path], protocol: str, curves: Path | None, draw: int,
+                images: Path | None) -> None:  # fmt: skip
+    """The curves, and a contact sheet of each file's detections, that `score` was asked for.
+
+    Raises: FreqkdError for a sheet without a folder of images, or one that lacks an image to be drawn.
+    """
+    from freqkd_analysis import terminal
+    from freqkd_train import result_files, score, score_figures
+
+    if draw and images is None:
+        raise FreqkdError(f"--draw {draw} needs the images: give --images FOLDER.")
+    if curves is None and not draw:
+        return
+    read = result_files.read_annotations(annotations)
+    runs = [score.Run(path.stem, result_files.read_results(path, read)) for path in results]
+    folder = curves or Path()
+    if curves is not None:
+        for path in score_figures.write_figures(read.truth, runs, protocol or score.protocol_of(read), curves):
+            terminal.say(str(path))
+    for one in runs if images is not None and draw else ():
+        picture = score_figures.pictures(read.truth.names, images)  # type: ignore[arg-type]
+        out = folder / f"{one.name}_detections.png"
+        terminal.say(str(score_figures.contact_sheet(read.truth, one.detections, picture, out, draw)))

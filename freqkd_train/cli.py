@@ -128,29 +128,51 @@ def replay(
 
 
 _DATA, _ARMS = "Data", "Arms and scale"
+_METHODS = ("none", "mse", "cosine", "response", "freqkd", "measured", "shuffled", "ir_teacher", "grey", "rgb",
+            "none_paper", "none_stage2", "freqkd_stage2")  # fmt: skip
+"""`arms.ARMS` by name, which help must not wait for; a test holds them together."""
 
 
 def _study(recipe: str) -> Any:
     """The command of a downstream recipe: all of them take the same words."""
 
     def command(
-        data: Annotated[str, option(panel=_DATA, help="LAYOUT:ROOT of annotated pairs, or synthetic.")] = "synthetic",
-        methods: Annotated[str, option(panel=_ARMS, help="Arms, such as none,mse,cosine,freqkd.")] = "none,mse,freqkd",
+        data: Annotated[str, option(panel=_DATA, help="LAYOUT:ROOT of annotated images, or synthetic.")] = "synthetic",
+        distil_on: Annotated[
+            str, option(panel=_DATA, help="LAYOUT:ROOT of pairs to distil on [default: the training split's].")
+        ] = "",
+        students: Annotated[
+            Path | None, option(panel=_DATA, help="Folder of another study, whose distilled students are taken.")
+        ] = None,
+        allow_leak: Annotated[
+            bool, option("--allow-leak", panel=_DATA, help="Go on, and record it, where the test split leaks.")
+        ] = False,
+        methods: Annotated[str, option(panel=_ARMS, help=f"Arms: some of {', '.join(_METHODS)}.")] = "none,mse,freqkd",
         controls: Annotated[bool, option("--controls", panel=_ARMS, help="The control arms as well.")] = False,
         seeds: Annotated[str, option(panel=_ARMS, help="Such as 0,1,2.")] = "0",
         preset: Annotated[str, option(panel=_ARMS, help="paper | compact | smoke.")] = "compact",
         model: Annotated[str, option(panel=_ARMS, help="Teacher and student [default: the preset's].")] = "",
         weights: Annotated[str, option(panel=_ARMS, help="Of the model: auto | random | FILE.")] = "",
+        changes: Annotated[
+            list[str] | None,
+            option(
+                "--set",
+                metavar="STAGE.KEY=VALUE",
+                panel=_ARMS,
+                help="Any setting of a stage: distil.training.epochs=3, finetune.select=test.",
+            ),
+        ] = None,
         device: Annotated[str, option(help="auto | cpu | cuda | cuda:N.")] = "auto",
         start: Annotated[str, option("--from", help="Redo from analyse | distil | finetune | evaluate on.")] = "",
         as_json: AsJson = False,
         out: Annotated[Path | None, option(help="Study folder, resumed when it exists [default: runs/RECIPE].")] = None,
     ) -> None:
         from freqkd_analysis import terminal
-        from freqkd_train import choose, study
+        from freqkd_train import arms, choose, study
 
-        chosen = study.Study(recipe, data, preset, study.methods(methods, controls), choose.numbers(seeds), model,
-                             weights, device)  # fmt: skip
+        chosen = arms.Study(recipe, data, preset, arms.methods(methods, controls), choose.numbers(seeds), model,
+                            weights, device, distil_on, str(students or ""), allow_leak,
+                            tuple(changes or ()))  # fmt: skip
         folder = out or Path("runs") / recipe
         try:
             table = study.run(chosen, folder, terminal.say, ["freqkd-train", *sys.argv[1:]], start)
@@ -181,7 +203,10 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a fine-tuning.")],
     data: Annotated[str, typer.Option(help="LAYOUT:ROOT [default: the run's own test split].")] = "",
     split: Annotated[str, typer.Option(help="Split or list [default: the run's].")] = "",
+    annotations: Annotated[str, typer.Option(help="Annotation set [default: the run's].")] = "",
     protocol: Annotated[str, typer.Option(help="kaist | coco [default: by the data].")] = "",
+    draw: Annotated[int, typer.Option(min=0, help="Images on a contact sheet of the detections.")] = 0,
+    allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Go on where training images are in it.")] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Where to [default: RUN/evaluation].")] = None,
     as_json: AsJson = False,
@@ -194,7 +219,8 @@ def evaluate(
     from freqkd_train import evaluate as stage
 
     folder = out or run / "evaluation"
-    found = stage.run(run, folder, spec=data, split=split, protocol=protocol, device=device)
+    found = stage.run(run, folder, spec=data, split=split, annotation_set=annotations, protocol=protocol, device=device,
+                      draw=draw, allow_leak=allow_leak)  # fmt: skip
     choose.show_metrics(found, folder, as_json)
 
 
@@ -205,30 +231,26 @@ def score(
     protocol: Annotated[str, typer.Option(help="kaist | coco [default: by the annotations].")] = "",
     style: Annotated[str, typer.Option(help="Of the miss rate: matlab | script.")] = "matlab",
     figures: Annotated[Path | None, typer.Option(help="Folder for the curves.")] = None,
+    draw: Annotated[int, typer.Option(min=0, help="Images on a contact sheet of each file's detections.")] = 0,
+    images: Annotated[Path | None, typer.Option(help="Where the images lie, for --draw.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
 ) -> None:
     """Score anybody's detections: miss rate and AP; several files are compared with intervals.
 
     Example: freqkd-train score --annotations KAIST_annotation.json --results MLPD_result.txt --json report.json
     """
-    from freqkd_analysis import terminal
+    from freqkd_train import choose
     from freqkd_train import score as scoring
-    from freqkd_train import score_figures
-    from freqkd_train.result_files import read_annotations, read_results
 
     found = scoring.score(annotations, results, protocol, style=style, out=out)
     print(scoring.text(found))
-    if figures is not None:
-        read = read_annotations(annotations)
-        runs = [scoring.Run(path.stem, read_results(path, read)) for path in results]
-        for path in score_figures.write_figures(read.truth, runs, protocol or scoring.protocol_of(read), figures):
-            terminal.say(str(path))
+    choose.draw_scored(annotations, results, protocol, figures, draw, images)
 
 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations.")],
-    force: Annotated[bool, typer.Option("--force", help="Go on where their cards differ.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on where their cards differ, and say in what.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write CSV, Markdown, LaTeX and figure there.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -239,10 +261,11 @@ def compare(
     from freqkd_train import choose
     from freqkd_train import compare as comparison
 
+    unlike = comparison.differences(runs, force)
     table = comparison.compare(runs, force=force)
     if out is not None:
-        comparison.write(table, out)
-    choose.show_comparison(table, out, as_json)
+        comparison.write(table, out, unlike)
+    choose.show_comparison(table, out, as_json, unlike)
 
 
 @config_app.command("show")

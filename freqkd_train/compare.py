@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from freqkd_analysis import schema, statistics
-from freqkd_analysis.errors import FreqkdError, RunError
+from freqkd_analysis.errors import RunError
 from freqkd_analysis.runfolder import number
 from freqkd_train import annotations as annotated
-from freqkd_train import evaluate, score
+from freqkd_train import evaluate, predictions, score
 from freqkd_train.metrics import intervals, miou
+from freqkd_train.metrics.card import Card, require_alike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,12 +38,12 @@ def compare(folders: Sequence[Path], draws: int = statistics.DRAWS, seed: int = 
     Args: folders: of evaluations. force: go on where their cards differ.
     Returns: method, metric, seeds, value (percent), low, high, spread (standard deviation over seeds), and for each
         reference `to_REF`, `to_REF_low`, `to_REF_high`: the method minus the reference. groups: resampled units.
-    Raises: RunError for folders without metrics.json, of other tasks, or whose cards differ (saying in what).
+    Raises: RunError for folders without metrics.json or of other tasks, CardError for unlike cards (saying in what).
     """
     import pandas as pd
 
     runs = [_read(folder) for folder in folders]
-    _alike(runs, folders, force)
+    differences(folders, force)
     methods = list(dict.fromkeys(str(run["method"]) for run in runs))
     figures, unit = _figures(runs, folders)
     weights = statistics.bootstrap_weights(len(unit), draws, seed)
@@ -78,17 +79,17 @@ def _read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _alike(runs: Sequence[dict[str, Any]], folders: Sequence[Path], force: bool) -> None:
-    first = runs[0]
-    for run, folder in zip(runs[1:], folders[1:], strict=True):
-        unlike = [key for key in first["card"] if first["card"][key] != run["card"].get(key)]
-        if run["task"] != first["task"]:
-            unlike = ["task"]
-        if unlike and (not force or unlike == ["task"]):
-            key = unlike[0]
-            a, b = (side["card"].get(key, side.get(key)) for side in (first, run))
-            raise FreqkdError(f"{folders[0]} and {folder} were not evaluated alike: {key} is {a} and {b}; evaluate "
-                              "again, or --force.")  # fmt: skip
+def differences(folders: Sequence[Path], force: bool = False) -> str:
+    """In what the cards of evaluations differ from the first, for `compare` with force; empty where in nothing.
+
+    Raises: RunError for folders that are no evaluations or of another task; CardError for unlike cards without force.
+    """
+    runs = [_read(folder) for folder in folders]
+    for run, folder in zip(runs, folders, strict=True):
+        if run["task"] != runs[0]["task"]:
+            raise RunError(f"{folders[0]} and {folder} are of two tasks: {runs[0]['task']} and {run['task']}.")
+    cards = [Card.read(run["card"], str(folder)) for run, folder in zip(runs, folders, strict=True)]
+    return require_alike(cards, [str(folder) for folder in folders], force)
 
 
 def _figures(runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> tuple[dict[str, list[Any]], Any]:
@@ -103,7 +104,7 @@ def _figures(runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> tuple[d
                 for name, statistic in statistics_of.items()}, unit  # fmt: skip
     truth = target.truth
     assert truth is not None
-    found = [evaluate.read_predictions(folder, target) for folder in folders]
+    found = [predictions.read(folder, target) for folder in folders]
     unit = intervals.units(truth)
     figures = score.precisions(truth, found, runs[0]["protocol"], unit)
     if runs[0]["protocol"] == "kaist":
@@ -157,12 +158,14 @@ def _better(row: dict[str, Any], metric: str) -> bool:
     return bool(high < 0 if metric in LOWER else low > 0)
 
 
-def write(table: pd.DataFrame, out: Path) -> list[Path]:
-    """compare.csv, .md, .tex and the figure."""
+def write(table: pd.DataFrame, out: Path, unlike: str = "") -> list[Path]:
+    """compare.csv, .md, .tex and the figure. unlike: in what the cards differ, told above the table."""
     from freqkd_analysis import figures
 
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "tex")]
-    texts = (table.to_csv(index=False, lineterminator="\n"), markdown(table), latex(table))
+    told = f"Not evaluated alike:\n\n{unlike}\n\n" if unlike else ""
+    remark = "".join(f"% not evaluated alike: {line}\n" for line in unlike.splitlines())
+    texts = (table.to_csv(index=False, lineterminator="\n"), told + markdown(table), remark + latex(table))
     for path, text in zip(paths, texts, strict=True):
         schema.write_text(path, text)
     drawing = figures.Drawing("methods on the test split, 95 % over its groups", table, dots,

@@ -7,7 +7,7 @@ sets is a default of a field below or a keyword in its function: nothing is read
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freqkd_analysis import schema
-from freqkd_analysis.errors import FreqkdError, nearest
+from freqkd_analysis.errors import FreqkdError, RunError, nearest
 
 S = TypeVar("S", bound="Section")
 
@@ -214,16 +214,24 @@ class Config(Section):
             ...
             freqkd_train.config.ConfigError: no setting "training.epoch". Did you mean "training.epochs"?
         """
-        tree = self.model_dump()
-        for dotted, value in changes.items():
-            *path, last = dotted.split(".")
-            node: Any = tree
-            for part in path:
-                node = node.get(part) if isinstance(node, dict) else None
-            if not isinstance(node, dict) or last not in node:
-                raise ConfigError(f'no setting "{dotted}".{nearest(dotted, all_keys())}')
-            node[last] = value
-        return parse(tree)
+        return updated(self, changes)
+
+
+def updated(settings: S, changes: Mapping[str, Any], say: str = "") -> S:
+    """A copy of settings of any kind with dotted keys set, all checks run again; `say` stands before a key in errors.
+
+    Raises: ConfigError for an unknown key (with the nearest) or a value that does not fit.
+    """
+    tree = settings.model_dump()
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        node: Any = tree
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ConfigError(f'no setting "{say}{dotted}".{nearest(dotted, all_keys(type(settings)))}')
+        node[last] = value
+    return parsed(type(settings), tree)
 
 
 def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -323,12 +331,32 @@ def _number(value: Any) -> Any:
     return [_number(item) for item in value] if isinstance(value, list) else value
 
 
-def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+def difference(a: S, b: S) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values."""
-    return {key: (x, y) for key in all_keys() if (x := _at(a, key)) != (y := _at(b, key))}
+    return {key: (x, y) for key in all_keys(type(a)) if (x := _at(a, key)) != (y := _at(b, key))}
 
 
-def _at(config: Config, dotted: str) -> Any:
+def claim(out: Path, settings: Section, resume: bool, free: Collection[str] = ()) -> None:
+    """Make a run folder with its config.yaml, or check that the one there has the same settings but for `free` keys.
+
+    Raises: RunError for a folder with anything in it (without resume), without settings, or with others.
+    """
+    path = out / "config.yaml"
+    if resume:
+        if not path.is_file():
+            raise RunError(f"nothing to resume in {out}; expected the folder of an interrupted run (--out).")
+        unlike = difference(parsed(type(settings), tree(path), path), settings)
+        for key, (stored, now) in unlike.items():
+            if key not in free:
+                raise RunError(f"{out} was started with {key} = {stored}, now {now}; give the same settings or another "
+                               "--out.")  # fmt: skip
+        return
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} exists; give another --out, or --resume to finish it.")
+    write(path, settings)
+
+
+def _at(config: Section, dotted: str) -> Any:
     node: Any = config
     for part in dotted.split("."):
         node = getattr(node, part)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from freqkd_train import config
 from freqkd_train.config import Data, Section, Training
@@ -51,7 +51,9 @@ class Downstream(Section):
     """One run. method: the arm it belongs to. model, weights: the backbone, such as a distilled student.
 
     modality: what the network sees; `rgb` for the reference. teacher: run folder of an RGB detector, for response
-    distillation.
+    distillation. select: which epoch's weights are kept: the best on the validation part of the training split
+    (`validation`; the last where nothing is held out), the `last`, or, as the FreqKD release does, the best on the
+    `test` split itself.
     """
 
     task: Literal["detect", "segment"] = "detect"
@@ -61,10 +63,18 @@ class Downstream(Section):
     weights: str = "auto"
     modality: Literal["ir", "rgb"] = "ir"
     teacher: str = ""
+    select: Literal["validation", "last", "test"] = "validation"
     targets: Targets = Targets()
     data: Data = Data(geometry="pad", holdout=0.1)
     head: Head = Head()
     training: Training = Training(epochs=12, batch=8, lr=5e-5, clip=0.1)
+
+    @model_validator(mode="after")
+    def _whole_images(self) -> Self:
+        # Predictions are brought back to the image's own pixels, which a crop does not allow.
+        if self.data.geometry != "pad":
+            raise ValueError(f"expected data.geometry pad: whole images are judged, got {self.data.geometry}")
+        return self
 
 
 def read(path: Path) -> Downstream:

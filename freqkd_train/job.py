@@ -22,7 +22,7 @@ from freqkd_analysis import __version__, layers, models, provenance, schema, ter
 from freqkd_analysis.conditions import Geometry
 from freqkd_analysis.data import layouts
 from freqkd_analysis.data.records import PairRecord, stratified
-from freqkd_analysis.errors import RunError, nearest
+from freqkd_analysis.errors import nearest
 from freqkd_analysis.features import find_taps, reductions
 from freqkd_analysis.models import Network
 from freqkd_train import config as settings_file
@@ -269,24 +269,6 @@ def micro(config: Config) -> int:
     return max(1, config.training.batch // config.training.accumulate)
 
 
-def claim(out: Path, job: Job, resume: bool) -> None:
-    """Make the run folder with its settings, or check that the one there has the same."""
-    path = out / "config.yaml"
-    if resume:
-        if not path.is_file():
-            raise RunError(f"nothing to resume in {out}; expected the folder of an interrupted run (--out).")
-        unlike = settings_file.difference(settings_file.read(path), job.config)
-        unlike = {key: both for key, both in unlike.items() if key not in MACHINE}
-        if unlike:
-            key, (stored, now) = next(iter(unlike.items()))
-            raise RunError(f"{out} was started with {key} = {stored}, now {now}; give the same settings or another "
-                           "--out.")  # fmt: skip
-        return
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} exists; give another --out, or --resume to finish it.")
-    settings_file.write(path, job.config)
-
-
 def run(config: Config, out: Path, resume: bool, say: Say, command: Sequence[str]) -> dict[str, Any]:
     """The whole job; returns what to print: run, steps, metrics, student, and the change on held-out pairs."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
@@ -298,7 +280,7 @@ def run(config: Config, out: Path, resume: bool, say: Say, command: Sequence[str
         ready(job, say)
     check(job)
     if first:
-        claim(out, job, resume)
+        settings_file.claim(out, job.config, resume, MACHINE)
     store_teacher(job, say)
     outcome = train(job, out, resume, say)
     if not first:

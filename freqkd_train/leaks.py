@@ -49,10 +49,15 @@ def check(train: Target, test: Target, allow: bool = False, progress: Progress |
     told = alike and all(side.card["groups_are"] == "sequences" for side in (train, test))
     # File names of a generic json are often numbered from 1 in each split: they name no frame.
     found = between(train.records, test.records, alike and family[0] != "coco", told, progress)
-    if found["shared"] and not allow:
-        raise LeakError(f"{train.name} and {test.name} share frames: {_told(found)}. Take them out of training, or "
-                        "go on with --allow-leak, which is recorded.")  # fmt: skip
+    refuse(found, train.name, test.name, allow)
     return {**found, "allowed": bool(found["shared"])}
+
+
+def refuse(found: dict[str, Any], train: str, test: str, allow: bool = False) -> None:
+    """LeakError for findings of `between` that are not allowed. train, test: what to call the two sides."""
+    if found["shared"] and not allow:
+        raise LeakError(f"{train} and {test} share frames: {_told(found)}. Take them out of training, or go on with "
+                        "--allow-leak, which is recorded.")  # fmt: skip
 
 
 def between(

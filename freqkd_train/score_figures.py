@@ -137,6 +137,28 @@ def contact_sheet(
     return out
 
 
+def pictures(names: Sequence[str], folder: Path) -> Picture:
+    """Images by the names of an annotation file: of KAIST below FOLDER[/images]/setXX/VXXX/lwir, else by file name.
+
+    Raises, when called: FreqkdError for a name without image, DataError for one that cannot be read.
+    """
+    from freqkd_analysis.data import decode
+
+    def picture(number: int) -> np.ndarray:
+        name = Path(names[number])
+        bases = [base / name.parent / part for base in (folder, folder / "images") for part in ("lwir", "")]
+        tries = (path for base in [*bases, folder] for path in sorted(base.glob(f"{name.stem}.*"))
+                 if path.suffix.lower() in decode.SUFFIXES)  # fmt: skip
+        found = next(tries, None)
+        if found is None:
+            raise FreqkdError(f"no image of {name} in {folder}; looked for {name.parent}/lwir/{name.stem}.* (KAIST) "
+                              f"and {name.stem}.*, there and in images/.")  # fmt: skip
+        pixels, _ = decode.read_ir(found, "image")
+        return pixels
+
+    return picture
+
+
 def _outcome(truth: Truth, detections: Detections, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(D,) state of each detection, REMOVED too below the score shown, and (M,) which boxes a shown one found."""
     numbers, classes, counts_here = coco.rows_by_class(truth, counted)

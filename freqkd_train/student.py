@@ -143,13 +143,18 @@ def merged(model: nn.Module, origin: Mapping[str, Tensor], scale: float) -> Stat
     Args: model: trained. origin: state before training. scale: 0 (origin) to 1 (trained).
     Raises: NetworkError when a merged tensor is not finite.
     """
-    trained = _merged_lora(model) if has_lora(model) else {k: v.detach() for k, v in model.state_dict().items()}
+    trained = plain(model)
     state = interpolated({k: origin[k].to(v.device) for k, v in trained.items()}, trained, scale)
     broken = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise NetworkError(f"the trained student is not finite in {first(broken)}; use an earlier checkpoint or a "
                            "lower training.lr.")  # fmt: skip
     return {name: value.cpu() for name, value in state.items()}
+
+
+def plain(model: nn.Module) -> State:
+    """The whole trained state under timm's own keys, adapters folded in; `model` is not changed."""
+    return _merged_lora(model) if has_lora(model) else {k: v.detach() for k, v in model.state_dict().items()}
 
 
 def _merged_lora(model: nn.Module) -> State:

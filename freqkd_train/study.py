@@ -1,7 +1,7 @@
-"""The downstream recipes: which distillations, which fine-tuning, on which data; and their stages in order.
+"""The stages of a downstream study in their order: analyse -> distil -> finetune -> evaluate -> compare.
 
-analyse -> distil -> finetune -> evaluate -> compare. Each stage of each method and seed is a run folder under --out;
-one that is there with the same settings is used again, whatever interrupted the study.
+Each stage of each arm and seed is a run folder under --out; one that is there with the same settings is used again,
+whatever interrupted the study. Students may come from another study instead, so that several data sets share them.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freqkd_analysis import schema
-from freqkd_analysis.errors import FreqkdError, nearest
+from freqkd_analysis import provenance, schema, terminal
+from freqkd_analysis.data import layouts
+from freqkd_analysis.errors import FreqkdError, RunError, first, nearest
 from freqkd_train import annotations as annotated_images
-from freqkd_train import compare, config, evaluate, finetune, job, recipes
-from freqkd_train.config import Config, ConfigError, Section
+from freqkd_train import arms, assembly, compare, config, evaluate, export, finetune, job, leaks
+from freqkd_train.arms import ARMS, Study
+from freqkd_train.config import Config, Section
 from freqkd_train.downstream import Downstream
 
 if TYPE_CHECKING:
@@ -29,101 +30,17 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-CONTROLS = ("shuffled", "ir_teacher", "grey")
-METHODS: dict[str, dict[str, Any]] = {
-    "none": recipes.CONTROLS["none"],
-    "mse": recipes.CONTROLS["uniform_matched"],
-    "cosine": {"loss.name": "cosine"},
-    "response": recipes.CONTROLS["none"],
-    "freqkd": {"loss.name": "released"},
-    "measured": {"loss.name": "measured"},
-    **{name: recipes.CONTROLS[name] for name in CONTROLS},
-    "rgb": recipes.CONTROLS["none"],
-}
-"""Arms of a study. `response`: no distillation of features, but of a detector trained on visible images in the
-fine-tuning; `rgb`: that detector, on visible images, for reference. Every arm has the same fine-tuning, merge and
-consistency term."""
 STAGES = ("analyse", "distil", "finetune", "evaluate", "compare")
 SCENES = "pairs=60,groups=12,size=640x512"
 """The synthetic data of a study without data."""
-TASKS = {"kaist": "detect", "flir": "detect", "mfnet": "segment", "resnet50": "detect"}
-
-
-@dataclass(frozen=True)
-class Study:
-    """A recipe with its choices. data: layout and root of annotated pairs, or `synthetic`."""
-
-    recipe: str
-    data: str
-    preset: str
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    model: str = ""
-    weights: str = ""
-    device: str = "auto"
-
-
-def methods(text: str, controls: bool) -> tuple[str, ...]:
-    """Arms from a comma-separated list, the controls with them when asked.
-
-    Example:
-        >>> methods("none,freqkd", False)
-        ('none', 'freqkd')
-    """
-    asked = [part.strip() for part in text.split(",") if part.strip()]
-    for name in asked:
-        if name not in METHODS:
-            raise ConfigError(f'no method "{name}"; expected some of {", ".join(METHODS)}.{nearest(name, METHODS)}')
-    return tuple(dict.fromkeys([*asked, *(CONTROLS if controls else ())]))
-
-
-def distillation(study: Study, method: str, seed: int, spec: str, weights_from: Path | None) -> Config:
-    """Settings of stage 1 for one arm."""
-    base = recipes.make("resnet50" if study.recipe == "resnet50" else "kaist", study.preset)
-    changes: dict[str, Any] = {"recipe": f"{study.recipe}/{method}", "seed": seed, "data.spec": spec,
-                               "training.device": study.device, **METHODS[method]}  # fmt: skip
-    if study.preset == "smoke":
-        changes |= {"data.limit": 0, "data.holdout": 0.25, "data.size": [192, 240], "training.lr": 1e-3}
-    if study.model:
-        changes |= {"teacher.name": study.model, "teacher.layers": "all"}
-    if study.weights:
-        changes["teacher.weights"] = study.weights
-    if method == "measured":
-        changes["loss.weights_from"] = str(weights_from)
-    return base.updated(changes)
-
-
-def finetuning(study: Study, method: str, seed: int, spec: str, stage1: Path, out: Path) -> Downstream:
-    """Settings of stage 2 for one arm: the same for all but the student's weights."""
-    made = config.read(stage1 / "config.yaml")
-    task = TASKS[study.recipe]
-    smoke = study.preset == "smoke"
-    head: dict[str, Any] = {"kind": "light" if task == "segment" else "faster_rcnn",
-                            "train": "frozen" if task == "segment" else "full"}  # fmt: skip
-    if study.preset == "paper" and task == "detect":
-        head["neck"] = "single"
-    if smoke:
-        head |= {"channels": 64, "hidden": 128, "regions": 64}
-    rates = {"detect": (5e-5, 0.1), "segment": (1e-3, 1.0)}[task]
-    training: dict[str, Any] = {"epochs": 12 if task == "detect" else 20, "batch": 8, "lr": rates[0], "clip": rates[1],
-                                "device": study.device}  # fmt: skip
-    if smoke:
-        training |= {"epochs": 8, "batch": 4, "lr": 1e-3, "clip": 1.0}
-    return Downstream.model_validate({
-        "task": task, "method": method, "seed": seed, "model": made.student.name,
-        "weights": str(stage1 / "student.safetensors"), "modality": "rgb" if method == "rgb" else "ir",
-        "teacher": str(out / f"finetune/rgb-{seed}") if method == "response" else "",
-        "targets": {"spec": spec},
-        "data": {"size": list(made.data.size), "geometry": "pad", "holdout": 0.2 if smoke else 0.1, "flip": 0.5},
-        "head": head, "training": training,
-    })  # fmt: skip
+LEAK = "distil_leak.json"
+"""What the pairs of stage 1 share with the test split, in the study's folder."""
 
 
 def annotated(study: Study, out: Path, say: Say) -> str:
     """The spec of the annotated data; without data, synthetic scenes are written first."""
     if study.data != "synthetic":
         return study.data
-    from freqkd_analysis import terminal
     from freqkd_analysis.data import synthetic
 
     layout = {"flir": "flir", "mfnet": "mfnet"}.get(study.recipe, "kaist")
@@ -137,15 +54,22 @@ def annotated(study: Study, out: Path, say: Say) -> str:
     return f"{layout}:{root}"
 
 
-def training_pairs(spec: str, out: Path) -> str:
-    """The pairs to distil on: KAIST's train-all-02 where it is there, else those of the annotated training split.
+def training_pairs(study: Study, spec: str, out: Path) -> str:
+    """The pairs to distil on: those asked for, KAIST's train-all-02 or MFNet's train where such a list is there, else
+    the training split's.
 
-    They are written down as a list, so that no test frame can be among them.
+    The last are written down as a list, so that no test frame can be among them.
     """
+    if study.distil_on:
+        return study.distil_on
     layout, _, root = spec.partition(":")
-    if layout == "kaist" and (Path(root) / "imageSets" / "train-all-02.txt").is_file():
-        return f"kaist:{root}:train-all-02"
+    for name, file in {"kaist": "imageSets/train-all-02.txt", "mfnet": "train.txt"}.items():
+        if layout == name and (Path(root) / file).is_file():
+            return f"{layout}:{root}:{Path(file).stem}"
     target = annotated_images.load(spec, "train")
+    if any(record.rgb == record.ir for record in target.records):
+        raise FreqkdError(f"{spec} has infrared images alone: there is nothing to distil on. Give --distil-on "
+                          "LAYOUT:ROOT with pairs, or --students STUDY.")  # fmt: skip
     path = out / "train_pairs.csv"
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
@@ -170,7 +94,7 @@ def stage(folder: Path, settings: Any, work: Callable[[Path, bool], None], say: 
         shutil.rmtree(folder)
     say(f"{folder.parent.name}/{folder.name}")
     schema.write_text(mark, json.dumps({"settings": digest, "done": False}))
-    work(folder, same and folder.exists() and not again)
+    work(folder, same and (folder / "config.yaml").is_file() and not again)
     schema.write_text(mark, json.dumps({"settings": digest, "done": True}))
 
 
@@ -181,58 +105,124 @@ def run(study: Study, out: Path, say: Say, command: Sequence[str], start: str = 
     """
     if start and start not in STAGES:
         raise FreqkdError(f'expected --from {"|".join(STAGES)}, got "{start}".{nearest(start, STAGES)}')
-    redo = {name: bool(start) and i >= STAGES.index(start) for i, name in enumerate(STAGES)}
-    spec = annotated(study, out, say)
-    train_pairs = training_pairs(spec, out)
-    arms = list(study.methods)
-    if "response" in arms and "rgb" not in arms:
-        arms.insert(0, "rgb")
-    arms.sort(key=lambda name: name != "rgb")  # the response arm needs that detector
-    evaluated = []
-    for seed in study.seeds:
-        for method in arms:
-            name = f"{method}-{seed}"
-            weights_from = _analysed(study, out, train_pairs, say, redo["analyse"]) if method == "measured" else None
-            settings = distillation(study, method, seed, train_pairs, weights_from)
-            first = out / "distil" / name
-            stage(first, settings, partial(_distil, settings, say, command), say, redo["distil"])
-            tuned = finetuning(study, method, seed, spec, first, out)
-            second = out / "finetune" / name
-            stage(second, tuned, partial(_finetune, tuned, say, command), say, redo["finetune"])
-            third = out / "evaluate" / name
-            told = {"run": str(second), "of": tuned.model_dump(mode="json")}
-            stage(third, told, partial(_evaluate, second, study.device), say, redo["evaluate"])
-            evaluated.append(third)
+    arms.check(study.changes)
+    going = Going(study, out, say, command, start)
+    evaluated = [going.arm(method, seed) for seed in study.seeds for method in going.order()]
     table = compare.compare(evaluated)
     compare.write(table, out / "compare")
     return table
 
 
-def _distil(settings: Config, say: Say, command: Sequence[str], folder: Path, resume: bool) -> None:
-    job.run(settings, folder, resume, say, command)
+class Going:
+    """A study under way: its data, and one arm at a time."""
 
+    def __init__(self, study: Study, out: Path, say: Say, command: Sequence[str], start: str) -> None:
+        self.study, self.out, self.say, self.command = study, out, say, command
+        self.redo = {name: bool(start) and i >= STAGES.index(start) for i, name in enumerate(STAGES)}
+        self._fresh: set[Path] = set()
+        self.spec = annotated(study, out, say)
+        self.students = Path(study.students) if study.students else out
+        self.pairs = self._students_pairs() if study.students else training_pairs(study, self.spec, out)
+        self._check_leak()
 
-def _finetune(settings: Downstream, say: Say, command: Sequence[str], folder: Path, resume: bool) -> None:
-    finetune.run(settings, folder, resume, say, command)
+    def order(self) -> list[str]:
+        """The arms, the reference detector first, which the response arm needs."""
+        names = list(self.study.methods)
+        if "response" in names and "rgb" not in names:
+            names.append("rgb")
+        return sorted(names, key=lambda name: name != "rgb")
 
+    def arm(self, method: str, seed: int) -> Path:
+        """All stages of one arm and seed; the folder of its evaluation."""
+        name = f"{method}-{seed}"
+        first = self._student(ARMS[method].student, seed)
+        weights = first / export.STUDENT
+        if ARMS[method].tuned:
+            weights = self._tuned(f"{ARMS[method].tuned}-{seed}")
+        made = config.read(first / "config.yaml")
+        tuned = arms.finetuning(self.study, method, seed, self.spec, made, weights, self.out)
+        second, third = (self.out / part / name for part in ("finetune", "evaluate"))
+        # Weights of the same name may be others, when another study was run again.
+        told = {"of": tuned.model_dump(mode="json"), "weights": provenance.sha256_file(weights)}
+        stage(second, told, partial(self._finetune, tuned), self.say, self.redo["finetune"])
+        stage(third, {"run": str(second)} | told, partial(self._evaluate, second), self.say, self.redo["evaluate"])
+        return third
 
-def _evaluate(model: Path, device: str, folder: Path, resume: bool) -> None:
-    evaluate.run(model, folder, device=device)
+    def _student(self, name: str, seed: int) -> Path:
+        folder = self.students / "distil" / f"{name}-{seed}"
+        if self.study.students:
+            if not (folder / export.STUDENT).is_file():
+                there = sorted(path.parent.name for path in self.students.glob(f"distil/*/{export.STUDENT}"))
+                raise RunError(f"no student {folder.name} in {self.students}/distil, which holds "
+                               f"{first(there) or 'none'}; distil it there first.")  # fmt: skip
+            return folder
+        weights_from = self._analysed() if name == "measured" else None
+        settings = arms.distillation(self.study, name, seed, self.pairs, weights_from)
+        again = self.redo["distil"] and folder not in self._fresh
+        self._fresh.add(folder)
+        stage(folder, settings, partial(self._distil, settings), self.say, again)
+        return folder
 
+    def _tuned(self, name: str) -> Path:
+        """The backbone of a finished detector of the study that the students come from, as plain weights."""
+        run_ = self.students / "finetune" / name
+        if not self.study.students or not (run_ / assembly.WEIGHTS).is_file():
+            raise RunError(f"an arm _stage2 takes the backbone of the finished detector {name} of another study; "
+                           f"{run_} holds none. Give --students STUDY, such as runs/kaist.")  # fmt: skip
+        path = self.out / "backbones" / f"{name}.safetensors"
+        assembly.save_backbone(run_, path)
+        return path
 
-def _analysed(study: Study, out: Path, spec: str, say: Say, again: bool) -> Path:
-    """The analysis of the training pairs with the teacher, for measured weights."""
-    from freqkd_analysis import layers, plan, terminal
+    def _analysed(self) -> Path:
+        """The analysis of the training pairs with the teacher, for measured weights."""
+        from freqkd_analysis import layers, plan
 
-    base = distillation(study, "freqkd", 0, spec, None)
-    settings = plan.Settings(
-        pairs=500, data=spec, model=base.teacher.name, weights=base.teacher.weights, layers=base.teacher.layers,
-        size=base.data.size, geometry=base.data.geometry, conditions=("paired", "shuffled", "mean_removed"),
-    )  # fmt: skip
-    folder = out / "analyse" / "teacher"
+        base = arms.distillation(self.study, "freqkd", 0, self.pairs, None)
+        settings = plan.Settings(
+            pairs=500, data=self.pairs, model=base.teacher.name, weights=base.teacher.weights,
+            layers=base.teacher.layers, size=base.data.size, geometry=base.data.geometry,
+            conditions=("paired", "shuffled", "mean_removed"),
+        )  # fmt: skip
+        folder = self.out / "analyse" / "teacher"
+        machine = plan.Machine(self.study.device)
 
-    def work(place: Path, resume: bool) -> None:
-        layers.run(settings, plan.Machine(study.device), place, resume, say, terminal.progress, ["freqkd-train"])
+        def work(place: Path, resume: bool) -> None:
+            layers.run(settings, machine, place, resume, self.say, terminal.progress, ["freqkd-train"])
 
-    stage(folder, vars(settings) | {}, work, say, again)
-    return folder
+        again = self.redo["analyse"] and folder not in self._fresh
+        self._fresh.add(folder)
+        stage(folder, vars(settings) | {}, work, self.say, again)
+        return folder
+
+    def _distil(self, settings: Config, folder: Path, resume: bool) -> None:
+        job.run(settings, folder, resume, self.say, self.command)
+
+    def _finetune(self, settings: Downstream, folder: Path, resume: bool) -> None:
+        finetune.run(settings, folder, resume, self.say, self.command)
+
+    def _evaluate(self, model: Path, folder: Path, resume: bool) -> None:
+        evaluate.run(model, folder, device=self.study.device)
+
+    def _students_pairs(self) -> str:
+        """The pairs that another study's students were distilled on."""
+        found = sorted(self.students.glob("distil/*/config.yaml"))
+        if not found:
+            raise RunError(f"{self.students} is no study: it holds no distil/*/config.yaml; expected the folder of a "
+                           "`freqkd-train kaist` or the like.")  # fmt: skip
+        return config.read(found[0]).data.spec
+
+    def _check_leak(self) -> None:
+        """No test frame among the pairs of stage 1, whatever their names: by their looks. Once, then remembered."""
+        settings = arms.distillation(self.study, "none", 0, self.pairs, None)
+        test = arms.finetuning(self.study, "none", 0, self.spec, settings, Path("none"), self.out).targets
+        mark = self.out / LEAK
+        asked = [self.pairs, settings.data.exclude, test.spec, test.test, test.allow_leak]
+        if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["of"] == asked:
+            return
+        target = annotated_images.load(test.spec, test.test, annotations=test.test_annotations, policy=test.policy)
+        excluded = set(Path(settings.data.exclude).read_text(encoding="utf-8").split()) if settings.data.exclude else ()
+        records = [record for record in layouts.load(self.pairs) if record.id not in excluded]
+        with terminal.counting("looking for shared frames") as count:
+            found = leaks.between(records, target.records, False, False, count)
+        leaks.refuse(found, f"the pairs of stage 1 ({self.pairs})", target.name, test.allow_leak)
+        schema.write_text(mark, json.dumps({"of": asked, "allowed": test.allow_leak} | found, indent=1) + "\n")

@@ -36,8 +36,9 @@ TRAIN_ROWS = """
     loop  taps  student  pairs  teacher_cache  annotation_sets  metrics.coco
     engine  distill  heldout  export  pyramid  annotations  result_files  metrics.intervals
     recipes  leaks  targets  detection  segmentation  score
-    job  finetune  score_figures
-    revisit  evaluate
+    job  arms  assembly  score_figures
+    revisit  predictions
+    finetune  evaluate
     compare
     study  choose
     cli

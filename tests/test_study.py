@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from freqkd_analysis.errors import FreqkdError, RunError
-from freqkd_train import compare, evaluate, study
+from freqkd_train import arms, assembly, compare, config, evaluate, leaks, study
 from freqkd_train.config import ConfigError
+from freqkd_train.metrics.card import CardError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -19,30 +20,34 @@ def quiet(text: str) -> None:
     pass
 
 
+TINY = ("distil.data.size=[48, 64]", "distil.training.epochs=1", "finetune.training.epochs=1")
+
+
+def tiny(recipe: str, *, data: str = "synthetic", names: tuple[str, ...] = ("none", "freqkd"), **more) -> arms.Study:
+    changes = (*TINY, *more.pop("changes", ()))
+    return arms.Study(recipe, data, "smoke", names, (0,), device="cpu", changes=changes, **more)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study") / "mfnet"
     patch = pytest.MonkeyPatch()
     patch.setattr(study, "SCENES", "pairs=24,groups=8,size=128x96")
-    made = study.finetuning
-
-    def short(*arguments):
-        settings = made(*arguments)
-        training = settings.training.model_copy(update={"epochs": 1})
-        return settings.model_copy(update={"training": training})
-
-    patch.setattr(study, "finetuning", short)
-    first = study.distillation
-
-    def small(*arguments):
-        return first(*arguments).updated({"data.size": [48, 64], "training.epochs": 1})
-
-    patch.setattr(study, "distillation", small)
-    chosen = study.Study("mfnet", "synthetic", "smoke", ("none", "freqkd"), (0,), device="cpu")
-    study.run(chosen, out, quiet, ["test"])
+    study.run(tiny("mfnet"), out, quiet, ["test"])
     told: list[str] = []
-    study.run(chosen, out, told.append, ["test"])
+    study.run(tiny("mfnet"), out, told.append, ["test"])
     (out / "told.json").write_text(json.dumps(told))
+    patch.undo()
+    return out
+
+
+@pytest.fixture(scope="module")
+def detected(tmp_path_factory) -> Path:
+    """A detection study with the paper's arms on a KAIST layout."""
+    out = tmp_path_factory.mktemp("study") / "kaist"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(study, "SCENES", "pairs=24,groups=8,size=128x96")
+    study.run(tiny("kaist", names=("none", "none_paper", "response", "freqkd")), out, quiet, ["test"])
     patch.undo()
     return out
 
@@ -56,6 +61,12 @@ def test_every_stage_leaves_its_folder(done):
             found["method"] == name[:-2] and found["card"]["data_set"] and 0 <= found["figures"]["all"]["miou_9"] <= 1
         )
     assert {p.name for p in (done / "compare").iterdir()} >= {"compare.csv", "compare.md", "compare.tex", "compare.svg"}
+
+
+def test_four_channel_pairs_are_distilled_on_as_pairs(done):
+    """A list in csv would name one file for both modalities: the teacher's and the student's image would be the same."""
+    made = config.read(done / "distil/none-0/config.yaml")
+    assert made.data.spec == f"mfnet:{done}/data:train"
 
 
 def test_a_second_call_uses_what_is_there(done):
@@ -83,13 +94,28 @@ def test_unlike_cards_are_refused(done, tmp_path):
     found = json.loads((other / "metrics.json").read_text())
     found["card"]["split"] = "val"
     (other / "metrics.json").write_text(json.dumps(found))
-    with pytest.raises(FreqkdError, match="were not evaluated alike: split is test and val"):
-        compare.compare([done / "evaluate" / "none-0", other], draws=20)
+    folders = [done / "evaluate" / "none-0", other]
+    with pytest.raises(CardError, match=r"split: 'test' in .*none-0, 'val' in .*other"):
+        compare.compare(folders, draws=20)
+    unlike = compare.differences(folders, force=True)
+    assert unlike.startswith("split: 'test' in")
+    compare.write(compare.compare(folders, draws=20, force=True), tmp_path / "forced", unlike)
+    assert (tmp_path / "forced" / "compare.md").read_text().startswith(f"Not evaluated alike:\n\n{unlike}\n\n| method")
+    found["task"] = "detect"
+    (other / "metrics.json").write_text(json.dumps(found))
+    with pytest.raises(RunError, match="are of two tasks: segment and detect"):
+        compare.differences(folders, force=True)
 
 
 def test_bad_words():
     with pytest.raises(ConfigError, match='no method "frekd"'):
-        study.methods("none,frekd", False)
+        arms.methods("none,frekd", False)
+    with pytest.raises(ConfigError, match="expected some methods"):
+        arms.methods(" ,", False)
+    with pytest.raises(ConfigError, match=r"expected --set distil\.KEY=VALUE or finetune"):
+        arms.check(["training.epochs=3"])
+    with pytest.raises(ConfigError, match=r'no setting "training.epoch" of the stage finetune. Did you mean'):
+        arms.check(["finetune.training.epoch=3"])
     with pytest.raises(RunError, match=r"no metrics\.json"):
         compare.compare([Path("nowhere")])
 
@@ -106,3 +132,78 @@ def test_the_table_shown_holds_each_metrics_own_difference(done, capsys):
     for metric in ("miou_9", "miou_8"):
         row = table[(table["method"] == "freqkd") & (table["metric"] == metric)].iloc[0]
         assert f"{row['to_none']:+.2f} [" in shown
+
+
+def test_the_words_of_the_command_line_are_the_arms():
+    from freqkd_train import cli
+
+    assert set(cli._METHODS) == set(arms.ARMS)
+
+
+def test_arms_differ_in_their_distillation_alone(detected):
+    made = {path.parent.name: config.tree(path) for path in detected.glob("finetune/*/config.yaml")}
+    assert set(made) == {"rgb-0", "none-0", "none_paper-0", "response-0", "freqkd-0"}
+    own = {
+        "none": {"weights"},
+        "freqkd": {"weights"},
+        "response": {"teacher"},
+        "none_paper": {"head"},
+        "rgb": {"modality"},
+    }
+    for name, settings in made.items():
+        unlike = {key for key in settings if settings[key] != made["none-0"][key]}
+        assert unlike <= own[name[:-2]] | {"method"}, name
+    assert made["none_paper-0"]["head"]["consistency"] == 0.0 and made["none-0"]["head"]["consistency"] == 0.1
+    assert sorted(path.name for path in (detected / "distil").iterdir() if path.is_dir()) == ["freqkd-0", "none-0"]
+    terms = json.loads((detected / "finetune/response-0/metrics.jsonl").read_text().splitlines()[0])["terms"]
+    assert "response" in terms and "consistency" in terms
+
+
+def test_an_evaluation_leaves_figures_and_a_sheet(detected, tmp_path):
+    found = evaluate.run(detected / "finetune/freqkd-0", tmp_path / "e", device="cpu", draw=3)
+    assert {path.name for path in (tmp_path / "e" / "figures").iterdir()} >= {"miss_rate.svg", "precision_recall.csv"}
+    assert (tmp_path / "e" / evaluate.SHEET).read_bytes()[:4] == b"\x89PNG"
+    stored = json.loads((detected / "evaluate/freqkd-0/metrics.json").read_text())
+    assert found["card"] == stored["card"] and found["mr_all"] == stored["mr_all"]
+
+
+def test_training_images_are_no_test(detected):
+    with pytest.raises(leaks.LeakError, match="share frames"):
+        evaluate.run(detected / "finetune/freqkd-0", detected / "none", split="train", device="cpu")
+    assert not (detected / "none").exists()
+
+
+def test_students_and_backbones_of_another_study(detected, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SCENES", "pairs=24,groups=8,size=128x96,seed=5")
+    names = ("none", "freqkd", "none_stage2", "freqkd_stage2")
+    table = study.run(tiny("mfnet", names=names, students=str(detected)), tmp_path / "m", quiet, ["test"])
+    assert set(table["method"]) == set(names) and not (tmp_path / "m" / "distil").exists()
+    from safetensors.torch import load_file
+
+    whole = load_file(detected / "finetune/freqkd-0" / assembly.WEIGHTS)
+    alone = load_file(tmp_path / "m/backbones/freqkd-0.safetensors")
+    start = load_file(detected / "distil/freqkd-0/student.safetensors")
+    name = next(key for key in alone if key.endswith("weight") and alone[key].ndim > 1)
+    assert set(alone) == set(start)
+    assert alone[name].equal(whole[f"detector.backbone.network.{name}"]) and not alone[name].equal(start[name])
+    with pytest.raises(RunError, match=r"no student mse-0 in .*which holds freqkd-0, none-0"):
+        study.run(tiny("mfnet", names=("mse",), students=str(detected)), tmp_path / "m", quiet, ["test"])
+    with pytest.raises(RunError, match="Give --students STUDY"):
+        study.run(tiny("mfnet", names=("none_stage2",)), tmp_path / "n", quiet, ["test"])
+    with pytest.raises(RunError, match="is no study"):
+        study.run(tiny("mfnet", students=str(tmp_path / "nowhere")), tmp_path / "o", quiet, ["test"])
+
+
+def test_pairs_of_stage_1_that_hold_test_frames_are_refused(detected, tmp_path):
+    root = detected / "data"
+    leaky = tiny("kaist", data=f"kaist:{root}", distil_on=f"kaist:{root}")
+    with pytest.raises(leaks.LeakError, match="the pairs of stage 1"):
+        study.run(leaky, tmp_path / "l", quiet, ["test"])
+    assert not (tmp_path / "l" / "distil").exists()
+
+
+def test_the_epoch_is_chosen_on_validation_and_on_test_only_when_asked(detected):
+    manifest = json.loads((detected / "finetune/none-0/manifest.json").read_text())
+    logged = [json.loads(line) for line in (detected / "finetune/none-0/metrics.jsonl").read_text().splitlines()]
+    assert manifest["config"]["select"] == "validation" and any("val/ap50" in row for row in logged)
+    assert not any("test/ap50" in row for row in logged)

@@ -1,0 +1,66 @@
+"""What a fine-tuned model says of annotated images: boxes, or one confusion matrix an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from freqkd_analysis import schema, terminal
+from freqkd_analysis.errors import RunError
+from freqkd_train import annotations as annotated
+from freqkd_train import assembly, detection, segmentation
+from freqkd_train.annotations import Target
+from freqkd_train.metrics import miou
+from freqkd_train.metrics.boxes import Detections, make_detections
+
+PREDICTIONS = "predictions.json"
+
+
+def boxes(built: assembly.Built, target: Target, size: int, modality: str = "") -> Detections:
+    """Detections on every image of the target, in its own pixels. size: images at once."""
+    source = assembly.source(built, target, modality or built.settings.modality)
+    parts: list[Detections] = []
+    with terminal.counting("images") as count:
+        for numbers, batch in source.batches(size):
+            found = detection.predict(built.step, batch["images"].to(built.device))
+            parts.append(detection.to_detections(found, numbers, source.native))
+            count(numbers[-1] + 1, len(source))
+    stacks = [np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "category", "box", "score")]
+    return Detections(*stacks)
+
+
+def confusions(built: assembly.Built, target: Target, size: int) -> np.ndarray:
+    """(N, K, K) confusion matrices, rows the truth, at the label images' own size. size: images at once."""
+    source = assembly.source(built, target, built.settings.modality)
+    matrices = []
+    assert target.masks is not None
+    with terminal.counting("images") as count:
+        for numbers, batch in source.batches(size):
+            images = batch["images"].to(built.device)
+            for place, number in enumerate(numbers):
+                truth = annotated.read_mask(target.masks[number])
+                guess = segmentation.predict(built.step, images[place : place + 1], truth.shape, source.content(number))
+                matrices.append(miou.confusion(truth, guess[0].cpu().numpy(), target.records[number].id))
+            count(numbers[-1] + 1, len(source))
+    return np.stack(matrices)
+
+
+def write(folder: Path, target: Target, found: Detections) -> None:
+    """predictions.json: images by name, then one entry a detection, x, y, w, h in px."""
+    rows = {"names": [record.id for record in target.records], "image": found.image.tolist(),
+            "category": found.category.tolist(), "box": found.box.round(3).tolist(),
+            "score": found.score.round(6).tolist()}  # fmt: skip
+    schema.write_text(folder / PREDICTIONS, json.dumps(rows) + "\n")
+
+
+def read(folder: Path, target: Target) -> Detections:
+    """predictions.json again. Raises RunError when there is none, or it is of other images."""
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        raise RunError(f"no {PREDICTIONS} in {folder}; expected the folder of an evaluation.")
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if rows["names"] != [record.id for record in target.records]:
+        raise RunError(f"{path} is of other images than {target.name}.")
+    return make_detections(image=rows["image"], category=rows["category"], box=rows["box"], score=rows["score"])
