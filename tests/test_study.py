@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from freqkd_analysis.errors import FreqkdError, RunError
+from freqkd_analysis.errors import RunError
 from freqkd_train import arms, assembly, compare, config, evaluate, leaks, study
 from freqkd_train.config import ConfigError
 from freqkd_train.metrics.card import CardError
@@ -64,7 +64,7 @@ def test_every_stage_leaves_its_folder(done):
 
 
 def test_four_channel_pairs_are_distilled_on_as_pairs(done):
-    """A list in csv would name one file for both modalities: the teacher's and the student's image would be the same."""
+    """A list in csv would name one file for both modalities: teacher and student would see the same image."""
     made = config.read(done / "distil/none-0/config.yaml")
     assert made.data.spec == f"mfnet:{done}/data:train"
 
