@@ -70,6 +70,10 @@ def kaist(arguments: Sequence[str], split: str, wanted: str) -> Found:
     else:
         marked = kaist_annotations.tabled(source, [record.id for record in records])
     records, read, left = _annotated(records, marked, f"{source}/setXX/VXXX/I#####.txt" if source.is_dir() else source)
+    if frames == "test-all-20" and name == "original":
+        # Copies of the data keep the improved boxes under the original's folder name: their content tells them.
+        content = files.digest({r.id: one.marks for r, one in zip(records, read, strict=True)}, kaist_annotations.RULES)
+        name = "improved" if content == kaist_annotations.IMPROVED_SHA256 else name
     # The published protocol tests bounds on boxes as they stand, some of which reach beyond the image: none is cut.
     return Found(name, frames, records, read, rules=kaist_annotations.RULES, box_source="both", sequences=True,
                  edges="keep", known=kaist_annotations.known(name, frames), warnings=(*lost, *left))  # fmt: skip

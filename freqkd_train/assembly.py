@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from freqkd_analysis import models, schema
@@ -63,16 +65,18 @@ def loaded(run: Path, device: str) -> Built:
     path = run / "manifest.json"
     if not path.is_file() or not (run / WEIGHTS).is_file():
         raise RunError(f"{run} is no finished fine-tuning; expected a folder with manifest.json and {WEIGHTS}.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if "classes" not in manifest:
-        raise RunError(f"{run} is a run of another task; expected one of fine-tuning.")
-    from safetensors.torch import load_file
-
-    settings = config.parsed(Downstream, manifest["config"], path).model_copy(
-        update={"weights": "random", "teacher": ""}
-    )
-    built = build(settings, manifest["classes"], device)
-    built.step.load_state_dict(load_file(run / WEIGHTS))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{path} is cut or damaged; fine-tune again.") from None
+    if not isinstance(manifest, dict) or not {"classes", "config"} <= set(manifest):
+        raise RunError(f"{path} is of another task; expected a run of fine-tuning.")
+    settings = config.parsed(Downstream, manifest["config"], path)
+    built = build(settings.model_copy(update={"weights": "random", "teacher": ""}), manifest["classes"], device)
+    try:
+        built.step.load_state_dict(load_file(run / WEIGHTS))
+    except (SafetensorError, RuntimeError):
+        raise RunError(f"{run / WEIGHTS} is damaged, or of other settings than {path}; fine-tune again.") from None
     return built
 
 
@@ -93,8 +97,6 @@ def save_backbone(run: Path, path: Path) -> str:
 
 
 def _write(state: student.State, path: Path) -> None:
-    from safetensors.torch import save_file
-
     with schema.atomic(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in state.items()}, temporary)
 

@@ -113,6 +113,17 @@ def test_a_list_that_is_whole_is_compared_with_the_published_boxes(kaist, monkey
     assert card["warnings"][1].startswith("the boxes are not those of the improved set: sha256 ")
 
 
+def test_the_improved_boxes_are_known_by_their_content_in_a_folder_of_another_name(kaist, monkeypatch):
+    from freqkd_train import kaist_annotations
+
+    for frame in (19, 39):
+        text(kaist / f"annotations/set09/V001/I{frame:05d}.txt", f"{BBGT}person 5 6 20 50 0\n")
+    card = load(f"kaist:{kaist}", "test").card
+    assert card["annotation_set"] == "original"
+    monkeypatch.setattr(kaist_annotations, "IMPROVED_SHA256", card["annotation_sha256"])
+    assert load(f"kaist:{kaist}", "test").card["annotation_set"] == "improved"
+
+
 # --- FLIR ---
 
 

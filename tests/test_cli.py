@@ -20,10 +20,10 @@ from freqkd_analysis import cli
 FAST = ["--model", "resnet10t", "--weights", "random", "--size", "64", "--control-pairs", "4", "--device", "cpu"]
 
 
-def call(capsys, *words: object) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `freqkd-analyze WORDS`."""
+def call(capsys, *words: object, main=cli.main) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `freqkd-analyze WORDS`, or of another command line's `main`."""
     try:
-        cli.main([str(word) for word in words])
+        main([str(word) for word in words])
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -31,9 +31,9 @@ def call(capsys, *words: object) -> tuple[int, str, str]:
     return status, said.out, said.err
 
 
-def refused(capsys, *words: object) -> str:
+def refused(capsys, *words: object, main=cli.main) -> str:
     """The one line of an error, with exit status 2 and no traceback."""
-    status, out, err = call(capsys, *words)
+    status, out, err = call(capsys, *words, main=main)
     lines = [line for line in err.splitlines() if line.startswith("Error")]
     assert status == 2 and len(lines) == 1 and "Traceback" not in err and not out, (status, out, err)
     return lines[0]
