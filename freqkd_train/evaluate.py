@@ -63,7 +63,7 @@ def card_of(target: Target, protocol: str) -> Card:
     return score.make_card(target.truth, protocol, data_set=str(card["data_set"]),
                            annotation_set=str(card["annotation_set"]),
                            annotation_sha256=str(card["annotation_sha256"]), split=str(card["split"]),
-                           policy=json.dumps(card["policy"], sort_keys=True),
+                           policy=str(card["policy"]),
                            box_source=str(card.get("box_source", "")))  # fmt: skip
 
 
