@@ -71,7 +71,7 @@ def layers(
     resume: Annotated[bool, option(help="Finish the interrupted run in --out.")] = False,
     dry_run: Annotated[bool, option(help="Say time, memory and disk from one batch.")] = False,
     as_json: Annotated[bool, option("--json", help="The verdict as JSON on stdout.")] = False,
-    out: Annotated[Path | None, option(help="Run folder [default: runs/TIME-layers].")] = None,
+    out: Annotated[Path | None, option(help="Run folder (default: runs/TIME-layers).")] = None,
 ) -> None:
     """Measure, layer by layer and band by band, how far visible and infrared features diverge.
 
@@ -182,7 +182,7 @@ def summarize(
     bands: Annotated[str, typer.Option(help="Other bands, from the stored spectra.")] = "",
     measure: Annotated[str, typer.Option(help="all, or some of cosine,relative,nmse,mse,...")] = "all",
     floor: Annotated[str, typer.Option(help="none | noise | shifted | shifted:PX.")] = "none",
-    out: Annotated[Path | None, typer.Option(help="Where to [default: RUN, or RUN/rebanded-BANDS].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to (default: RUN, or RUN/rebanded-BANDS).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a run's tables again, with other bands, measures or floor; no network is needed.

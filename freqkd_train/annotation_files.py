@@ -26,6 +26,8 @@ from freqkd_analysis.errors import FreqkdError, first
 
 MASK_CLASSES = 9
 """Label images hold 0 (unlabeled) to 8: MFNet and what descends from it."""
+REGIONS = ("dontcare", "don't care", "ignore", "ignored", "__ignore__")
+"""Categories that mark regions to ignore for every class, in lower case."""
 LEAST_PIXELS = 20
 """A part of a label image smaller than this gives no box: specks of the outline."""
 

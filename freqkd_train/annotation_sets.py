@@ -31,8 +31,6 @@ _HIT_UAV = {
 _MFNET = {"all": 1569, "train": 784, "val": 392, "test": 393, "test_day": 205, "test_night": 188}
 _MFNET_THINGS = {2: "person", 3: "bike", 1: "car"}
 _M3FD = ("People", "Car", "Bus", "Motorcycle", "Lamp", "Truck")
-_REGIONS = ("dontcare", "don't care", "ignore", "ignored", "__ignore__")
-"""Categories that mark regions to ignore, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def coco(arguments: Sequence[str], split: str, wanted: str) -> Found:
         extra = {stem: (image.group, image.time) for stem, image in zip(stems, read.images, strict=True)}
         records = [_told(by_name[stem], *extra[stem]) for stem in stems if stem in by_name]
         missing += [f"{stem} (no pair)" for stem in stems if stem not in by_name]
-    rules = {label: "ignore" if label.lower() in _REGIONS else "train" for label in read.labels}
+    rules = {label: "ignore" if label.lower() in files.REGIONS else "train" for label in read.labels}
     records, marked, left = _annotated(records, _by_name([Path(name)], records), name)
     told = bool(records) and all(image.group for image in read.images)
     return Found(Path(arguments[-1]).name, split, records, marked, rules=rules, box_source="", sequences=told,

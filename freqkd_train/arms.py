@@ -31,9 +31,11 @@ TASKS = {"kaist": "detect", "flir": "detect", "mfnet": "segment", "resnet50": "d
 
 @dataclass(frozen=True)
 class Arm:
-    """student: of `STUDENTS`. tuned: the finished fine-tuning whose backbone is taken instead. changes: of stage 2."""
+    """student: of `STUDENTS`. tasks: it is for. tuned: the finished fine-tuning whose backbone is taken instead.
+    changes: of stage 2."""
 
     student: str
+    tasks: tuple[str, ...] = ("detect", "segment")
     tuned: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -41,10 +43,10 @@ class Arm:
 ARMS: dict[str, Arm] = {
     **{name: Arm(name) for name in STUDENTS},
     "rgb": Arm("none", changes={"modality": "rgb"}),
-    "response": Arm("none"),
-    "none_paper": Arm("none", changes={"head.consistency": 0.0}),
-    "none_stage2": Arm("none", tuned="none"),
-    "freqkd_stage2": Arm("freqkd", tuned="freqkd"),
+    "response": Arm("none", ("detect",)),
+    "none_paper": Arm("none", ("detect",), changes={"head.consistency": 0.0}),
+    "none_stage2": Arm("none", ("segment",), "none"),
+    "freqkd_stage2": Arm("freqkd", ("segment",), "freqkd"),
 }
 """`rgb`: a detector of visible images, for reference. `response`: no distillation of features, but of that detector in
 the fine-tuning. `none_paper`: the paper's baseline, which lacks the consistency term that its own arm has. `*_stage2`:
@@ -115,8 +117,8 @@ def finetuning(study: Study, method: str, seed: int, spec: str, made: Config, we
     smoke = study.preset == "smoke"
     head: dict[str, Any] = {"kind": "light" if task == "segment" else "faster_rcnn",
                             "train": "frozen" if task == "segment" else "full"}  # fmt: skip
-    if study.preset == "paper" and task == "detect":
-        head["neck"] = "single"
+    if study.preset == "paper" and task == "detect" and study.recipe != "resnet50":
+        head["neck"] = "single"  # of a plain ViT; the paper's ResNet-50 has a feature pyramid
     if smoke:
         head |= {"channels": 64, "hidden": 128, "regions": 64}
     rates = {"detect": (5e-5, 0.1), "segment": (1e-3, 1.0)}[task]
@@ -127,6 +129,7 @@ def finetuning(study: Study, method: str, seed: int, spec: str, made: Config, we
     settings = config.parsed(Downstream, {
         "task": task, "method": method, "seed": seed, "model": made.student.name or made.teacher.name,
         "weights": str(weights), "teacher": str(out / f"finetune/rgb-{seed}") if method == "response" else "",
+        "stage1": {"pairs": made.data.spec, "exclude": made.data.exclude},
         "targets": {"spec": spec, "allow_leak": study.allow_leak},
         "data": {"size": list(made.data.size), "geometry": "pad", "holdout": 0.2 if smoke else 0.1, "flip": 0.5},
         "head": head, "training": training,
@@ -135,9 +138,19 @@ def finetuning(study: Study, method: str, seed: int, spec: str, made: Config, we
     return config.updated(settings, ARMS[method].changes)
 
 
-def check(changes: Sequence[str]) -> None:
-    """ConfigError for a change that names neither stage, or no setting of it."""
-    for word in changes:
+def check(study: Study) -> None:
+    """All words of a study, before anything is done.
+
+    Raises: ConfigError for an arm of another task, an unknown preset, a change that names neither stage, or no setting
+        of it, or whose value does not fit.
+    """
+    task = TASKS[study.recipe]
+    for name in study.methods:
+        if task not in ARMS[name].tasks:
+            fit = [other for other, arm in ARMS.items() if task in arm.tasks]
+            raise ConfigError(f"the method {name} is not for {study.recipe}, whose task is to {task}; for it are "
+                              f"{', '.join(fit)}.")  # fmt: skip
+    for word in study.changes:
         key, _ = config.assignment(word)
         stage, _, rest = key.partition(".")
         if stage not in ("distil", "finetune"):
@@ -146,6 +159,8 @@ def check(changes: Sequence[str]) -> None:
         known = config.all_keys(Config if stage == "distil" else Downstream)
         if rest not in known:
             raise ConfigError(f'no setting "{rest}" of the stage {stage}.{nearest(rest, known)}')
+    made = distillation(study, "none", 0, "synthetic", None)
+    finetuning(study, study.methods[0], 0, "synthetic", made, Path(), Path())
 
 
 def _given(changes: Sequence[str], stage: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from freqkd_analysis import models, schema
+from freqkd_analysis import models, provenance, schema
 from freqkd_analysis.conditions import Geometry
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import RunError
@@ -65,12 +64,8 @@ def loaded(run: Path, device: str) -> Built:
     path = run / "manifest.json"
     if not path.is_file() or not (run / WEIGHTS).is_file():
         raise RunError(f"{run} is no finished fine-tuning; expected a folder with manifest.json and {WEIGHTS}.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError(f"{path} is cut or damaged; fine-tune again.") from None
-    if not isinstance(manifest, dict) or not {"classes", "config"} <= set(manifest):
-        raise RunError(f"{path} is of another task; expected a run of fine-tuning.")
+    shape = {"classes": [str], "config": dict}
+    manifest = provenance.read_object(path, shape, "expected the folder of a fine-tuning.")
     settings = config.parsed(Downstream, manifest["config"], path)
     built = build(settings.model_copy(update={"weights": "random", "teacher": ""}), manifest["classes"], device)
     try:

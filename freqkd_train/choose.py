@@ -143,6 +143,8 @@ def show_comparison(table: pd.DataFrame, out: Path | None, as_json: bool, unlike
         print(f"Not evaluated alike:\n{unlike}\n")
     head, *rows = compare.cells(table)
     terminal.show([dict(zip(head, row, strict=True)) for row in rows], False)
+    if table.attrs.get("note"):
+        print(f"note: {table.attrs['note']}")
     if out is not None:
         terminal.say(str(out))
 
@@ -163,26 +165,30 @@ def show_metrics(found: Mapping[str, Any], out: Path, as_json: bool) -> None:
     terminal.say(str(out))
 
 
-def draw_scored(annotations: Path, results: Sequence[Path], protocol: str, curves: Path | None, draw: int,
-                images: Path | None) -> None:  # fmt: skip
-    """The curves, and a contact sheet of each file's detections, that `score` was asked for.
+def check_drawing(draw: int, images: Path | None, curves: Path | None) -> None:
+    """Raises FreqkdError for a contact sheet without images or without a folder to lie in."""
+    if draw and (images is None or curves is None):
+        missing = "the images: give --images FOLDER" if images is None else "a folder: give --figures FOLDER"
+        raise FreqkdError(f"--draw {draw} needs {missing}.")
 
-    Raises: FreqkdError for a sheet without a folder of images, or one that lacks an image to be drawn.
+
+def draw_scored(annotations: Path, results: Sequence[Path], protocol: str, style: str, curves: Path, draw: int,
+                images: Path | None) -> None:  # fmt: skip
+    """The curves of files of detections, and a contact sheet of each where one is asked for.
+
+    Raises: FreqkdError for a folder of images that lacks one to be drawn.
     """
     from freqkd_analysis import terminal
     from freqkd_train import result_files, score, score_figures
 
-    if draw and images is None:
-        raise FreqkdError(f"--draw {draw} needs the images: give --images FOLDER.")
-    if curves is None and not draw:
-        return
     read = result_files.read_annotations(annotations)
-    runs = [score.Run(path.stem, result_files.read_results(path, read)) for path in results]
-    folder = curves or Path()
-    if curves is not None:
-        for path in score_figures.write_figures(read.truth, runs, protocol or score.protocol_of(read), curves):
-            terminal.say(str(path))
-    for one in runs if images is not None and draw else ():
-        picture = score_figures.pictures(read.truth.names, images)  # type: ignore[arg-type]
-        out = folder / f"{one.name}_detections.png"
-        terminal.say(str(score_figures.contact_sheet(read.truth, one.detections, picture, out, draw)))
+    runs = [score.Run(name, result_files.read_results(path, read))
+            for name, path in zip(score.names(results), results, strict=True)]  # fmt: skip
+    drawn = score_figures.write_figures(read.truth, runs, score.protocol_of(read, protocol), curves, style)
+    if draw and images is not None:
+        picture = score_figures.pictures(read.truth.names, images)
+        for one in runs:
+            path = curves / f"{one.name.replace('/', '_')}_detections.png"
+            drawn.append(score_figures.contact_sheet(read.truth, one.detections, picture, path, draw))
+    for path in drawn:
+        terminal.say(str(path))

@@ -68,7 +68,7 @@ def distill(
     resume: Annotated[bool, option(help="Finish the interrupted run in --out.")] = False,
     dry_run: Annotated[bool, option(help="Say parameters, memory, disk and time from a few steps.")] = False,
     as_json: Annotated[bool, option("--json", help="One JSON object on stdout.")] = False,
-    out: Annotated[Path | None, option(help="Run folder [default: runs/TIME-distill].")] = None,
+    out: Annotated[Path | None, option(help="Run folder (default: runs/TIME-distill).")] = None,
 ) -> None:
     """Train a student on infrared images to have the teacher's features of the visible ones.
 
@@ -97,9 +97,9 @@ def distill(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a `distill` run.")],
     checkpoint: Annotated[str, typer.Option(help="newest | best.")] = "newest",
-    merge: Annotated[float | None, typer.Option(help="Another share of the change [default: the run's].")] = None,
+    merge: Annotated[float | None, typer.Option(help="Another share of the change (default: the run's).")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write student.onnx as well, checked on real images.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where to [default: RUN].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to (default: RUN).")] = None,
 ) -> None:
     """Write a run's student again, from another checkpoint, at another merge, or as ONNX.
 
@@ -139,7 +139,7 @@ def _study(recipe: str) -> Any:
     def command(
         data: Annotated[str, option(panel=_DATA, help="LAYOUT:ROOT of annotated images, or synthetic.")] = "synthetic",
         distil_on: Annotated[
-            str, option(panel=_DATA, help="LAYOUT:ROOT of pairs to distil on [default: the training split's].")
+            str, option(panel=_DATA, help="LAYOUT:ROOT of pairs to distil on (default: the training split's).")
         ] = "",
         students: Annotated[
             Path | None, option(panel=_DATA, help="Folder of another study, whose distilled students are taken.")
@@ -151,7 +151,7 @@ def _study(recipe: str) -> Any:
         controls: Annotated[bool, option("--controls", panel=_ARMS, help="The control arms as well.")] = False,
         seeds: Annotated[str, option(panel=_ARMS, help="Such as 0,1,2.")] = "0",
         preset: Annotated[str, option(panel=_ARMS, help="paper | compact | smoke.")] = "compact",
-        model: Annotated[str, option(panel=_ARMS, help="Teacher and student [default: the preset's].")] = "",
+        model: Annotated[str, option(panel=_ARMS, help="Teacher and student (default: the preset's).")] = "",
         weights: Annotated[str, option(panel=_ARMS, help="Of the model: auto | random | FILE.")] = "",
         changes: Annotated[
             list[str] | None,
@@ -165,7 +165,7 @@ def _study(recipe: str) -> Any:
         device: Annotated[str, option(help="auto | cpu | cuda | cuda:N.")] = "auto",
         start: Annotated[str, option("--from", help="Redo from analyse | distil | finetune | evaluate on.")] = "",
         as_json: AsJson = False,
-        out: Annotated[Path | None, option(help="Study folder, resumed when it exists [default: runs/RECIPE].")] = None,
+        out: Annotated[Path | None, option(help="Study folder, resumed when it exists (default: runs/RECIPE).")] = None,
     ) -> None:
         from freqkd_analysis import terminal
         from freqkd_train import arms, choose, study
@@ -177,7 +177,7 @@ def _study(recipe: str) -> Any:
         try:
             table = study.run(chosen, folder, terminal.say, ["freqkd-train", *sys.argv[1:]], start)
         except KeyboardInterrupt:
-            terminal.say("stopped; the same command goes on")
+            terminal.say("stopped; the same command, without --from, goes on")
             raise typer.Exit(130) from None
         choose.show_comparison(table, folder / "compare", as_json)
 
@@ -201,14 +201,14 @@ for _name in _ABOUT:
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a fine-tuning.")],
-    data: Annotated[str, typer.Option(help="LAYOUT:ROOT [default: the run's own test split].")] = "",
-    split: Annotated[str, typer.Option(help="Split or list [default: the run's].")] = "",
-    annotations: Annotated[str, typer.Option(help="Annotation set [default: the run's].")] = "",
-    protocol: Annotated[str, typer.Option(help="kaist | coco [default: by the data].")] = "",
+    data: Annotated[str, typer.Option(help="LAYOUT:ROOT (default: the run's own test split).")] = "",
+    split: Annotated[str, typer.Option(help="Split or list (default: the run's).")] = "",
+    annotations: Annotated[str, typer.Option(help="Annotation set (default: the run's).")] = "",
+    protocol: Annotated[str, typer.Option(help="kaist | coco (default: by the data).")] = "",
     draw: Annotated[int, typer.Option(min=0, help="Images on a contact sheet of the detections.")] = 0,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Go on where training images are in it.")] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Where to [default: RUN/evaluation].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to (default: RUN/evaluation).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict with a fine-tuned model and score it, the protocol's card inside.
@@ -228,7 +228,7 @@ def evaluate(
 def score(
     annotations: Annotated[Path, typer.Option(help="KAIST json, COCO json, or a folder of bbGt text.")],
     results: Annotated[list[Path], typer.Option(help="image,x,y,w,h,score lines or a COCO json list; repeatable.")],
-    protocol: Annotated[str, typer.Option(help="kaist | coco [default: by the annotations].")] = "",
+    protocol: Annotated[str, typer.Option(help="kaist | coco (default: by the annotations).")] = "",
     style: Annotated[str, typer.Option(help="Of the miss rate: matlab | script.")] = "matlab",
     figures: Annotated[Path | None, typer.Option(help="Folder for the curves.")] = None,
     draw: Annotated[int, typer.Option(min=0, help="Images on a contact sheet of each file's detections.")] = 0,
@@ -242,9 +242,11 @@ def score(
     from freqkd_train import choose
     from freqkd_train import score as scoring
 
+    choose.check_drawing(draw, images, figures)
     found = scoring.score(annotations, results, protocol, style=style, out=out)
     print(scoring.text(found))
-    choose.draw_scored(annotations, results, protocol, figures, draw, images)
+    if figures is not None:
+        choose.draw_scored(annotations, results, protocol, style, figures, draw, images)
 
 
 @app.command()

@@ -6,7 +6,6 @@ interval covers the test set, not the seeds: with few seeds the spread of these 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freqkd_analysis import schema, statistics
+from freqkd_analysis import provenance, schema, statistics
 from freqkd_analysis.errors import RunError
 from freqkd_analysis.runfolder import number
 from freqkd_train import annotations as annotated
@@ -38,6 +37,7 @@ def compare(folders: Sequence[Path], draws: int = statistics.DRAWS, seed: int = 
     Args: folders: of evaluations. force: go on where their cards differ.
     Returns: method, metric, seeds, value (percent), low, high, spread (standard deviation over seeds), and for each
         reference `to_REF`, `to_REF_low`, `to_REF_high`: the method minus the reference. groups: resampled units.
+        attrs["note"]: what is to be said of the intervals, or empty.
     Raises: RunError for folders without metrics.json or of other tasks, CardError for unlike cards (saying in what).
     """
     import pandas as pd
@@ -66,39 +66,55 @@ def compare(folders: Sequence[Path], draws: int = statistics.DRAWS, seed: int = 
                 at = part[:, k * len(methods) + i]
                 row |= {f"to_{reference}": at[0], f"to_{reference}_low": at[1], f"to_{reference}_high": at[2]}
             rows.append(row | {"groups": len(unit)})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["note"] = unit.warning
+    return table
 
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / evaluate.METRICS
     if not path.is_file():
         raise RunError(f"no {evaluate.METRICS} in {folder}; expected the folder of `freqkd-train evaluate`.")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if "method" not in found or "card" not in found:
-        raise RunError(f"{path} holds no method and card; expected what `freqkd-train evaluate` wrote.")
-    return found
+    target = {"spec": str, "split": str, "annotations": str, "policy": str}
+    shape = {"method": str, "seed": int, "task": str, "protocol": str, "card": dict, "target": target}
+    return provenance.read_object(path, shape, "expected what `freqkd-train evaluate` wrote; evaluate again.")
 
 
 def differences(folders: Sequence[Path], force: bool = False) -> str:
     """In what the cards of evaluations differ from the first, for `compare` with force; empty where in nothing.
 
-    Raises: RunError for folders that are no evaluations or of another task; CardError for unlike cards without force.
+    Raises: RunError for folders that are no evaluations, of another task, twice the same, or (without force) of unlike
+        seeds; CardError for unlike cards without force.
     """
     runs = [_read(folder) for folder in folders]
     for run, folder in zip(runs, folders, strict=True):
         if run["task"] != runs[0]["task"]:
             raise RunError(f"{folders[0]} and {folder} are of two tasks: {runs[0]['task']} and {run['task']}.")
+    seeds: dict[str, list[int]] = {}
+    for run, folder in zip(runs, folders, strict=True):
+        of_method = seeds.setdefault(str(run["method"]), [])
+        if run["seed"] in of_method:
+            raise RunError(f"{folder} is {run['method']} of seed {run['seed']} once more; give each evaluation once.")
+        of_method.append(run["seed"])
+    told = "; ".join(f"{name} {', '.join(map(str, sorted(found)))}" for name, found in seeds.items())
+    uneven = len({tuple(sorted(found)) for found in seeds.values()}) > 1
+    if uneven and not force:
+        raise RunError(f"the methods have unlike seeds: {told}. Give the same of each; --force compares them anyway.")
     cards = [Card.read(run["card"], str(folder)) for run, folder in zip(runs, folders, strict=True)]
-    return require_alike(cards, [str(folder) for folder in folders], force)
+    unlike = require_alike(cards, [str(folder) for folder in folders], force)
+    return "\n".join(filter(None, [unlike, f"seeds: {told}" if uneven else ""]))
 
 
 def _figures(runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> tuple[dict[str, list[Any]], Any]:
     wanted = runs[0]["target"]
     target = annotated.load(wanted["spec"], wanted["split"], annotations=wanted["annotations"],
-                              policy=wanted["policy"])  # fmt: skip
+                            policy=wanted["policy"])  # fmt: skip
+    if target.card["annotation_sha256"] != runs[0]["card"]["annotation_sha256"]:
+        raise RunError(f"the annotations of {wanted['spec']} are not those that {folders[0]} was evaluated on; "
+                       "evaluate again.")  # fmt: skip
     if runs[0]["task"] == "segment":
         unit = statistics.units([record.id for record in target.records], [record.group for record in target.records])
-        matrices = [np.load(folder / evaluate.CONFUSIONS) for folder in folders]
+        matrices = [predictions.read_confusions(folder, target) for folder in folders]
         statistics_of = {f"miou_{9 if b else 8}": partial(miou.mean_iou, background=b) for b in (True, False)}
         return {name: [intervals.from_confusions(m, unit, statistic) for m in matrices]
                 for name, statistic in statistics_of.items()}, unit  # fmt: skip
@@ -164,8 +180,10 @@ def write(table: pd.DataFrame, out: Path, unlike: str = "") -> list[Path]:
 
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "tex")]
     told = f"Not evaluated alike:\n\n{unlike}\n\n" if unlike else ""
-    remark = "".join(f"% not evaluated alike: {line}\n" for line in unlike.splitlines())
-    texts = (table.to_csv(index=False, lineterminator="\n"), told + markdown(table), remark + latex(table))
+    note = table.attrs.get("note", "")
+    remarks = [*(f"not evaluated alike: {line}" for line in unlike.splitlines()), *([note] if note else [])]
+    texts = (table.to_csv(index=False, lineterminator="\n"), told + markdown(table) + (f"\n{note}\n" if note else ""),
+             "".join(f"% {line}\n" for line in remarks) + latex(table))  # fmt: skip
     for path, text in zip(paths, texts, strict=True):
         schema.write_text(path, text)
     drawing = figures.Drawing("methods on the test split, 95 % over its groups", table, dots,

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from freqkd_analysis import schema
+from freqkd_analysis import provenance, schema
 from freqkd_analysis.errors import FreqkdError, RunError, nearest
 
 S = TypeVar("S", bound="Section")
@@ -334,6 +334,11 @@ def _number(value: Any) -> Any:
 def difference(a: S, b: S) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values."""
     return {key: (x, y) for key in all_keys(type(a)) if (x := _at(a, key)) != (y := _at(b, key))}
+
+
+def flat(settings: Section) -> dict[str, Any]:
+    """Dotted key -> value, plain types."""
+    return {key: provenance.plain(_at(settings, key)) for key in all_keys(type(settings))}
 
 
 def claim(out: Path, settings: Section, resume: bool, free: Collection[str] = ()) -> None:

@@ -27,13 +27,23 @@ class Targets(Section):
     allow_leak: bool = False
 
 
+class Stage1(Section):
+    """What the backbone was distilled on: pairs as `freqkd-analyze data list` names them, and a file of ids left out.
+
+    It is known so that no evaluation takes those frames for unseen ones.
+    """
+
+    pairs: str = ""
+    exclude: str = ""
+
+
 class Head(Section):
     """What stands on the backbone.
 
     kind: faster_rcnn, retinanet, fcos; light, light_stretched, linear, fpn for segmentation. neck: auto, simple, fpn,
-    single. train: frozen, lora, full or last:K of the backbone. rate: factor on its learning rate. consistency: weight
-    of the term that holds it to its start. channels, hidden, regions: widths of neck and box head, regions a training
-    image.
+    single, of detectors alone. train: frozen, lora, full or last:K of the backbone. rate: factor on its learning rate.
+    consistency: weight of the term that holds a detector's backbone to its start. channels, hidden, regions: widths of
+    neck and box head, regions a training image.
     """
 
     kind: str = "faster_rcnn"
@@ -64,6 +74,7 @@ class Downstream(Section):
     modality: Literal["ir", "rgb"] = "ir"
     teacher: str = ""
     select: Literal["validation", "last", "test"] = "validation"
+    stage1: Stage1 = Stage1()
     targets: Targets = Targets()
     data: Data = Data(geometry="pad", holdout=0.1)
     head: Head = Head()
@@ -74,6 +85,8 @@ class Downstream(Section):
         # Predictions are brought back to the image's own pixels, which a crop does not allow.
         if self.data.geometry != "pad":
             raise ValueError(f"expected data.geometry pad: whole images are judged, got {self.data.geometry}")
+        if self.task == "segment" and self.teacher:
+            raise ValueError("expected no teacher with task segment: response distillation is of detectors")
         return self
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -184,8 +184,14 @@ class _Run:
                 if ended and not result.stop:
                     self.epoch_end()
                 if result.stop:
-                    self.say(f"stopped after step {loop.done} of {loop.steps}; go on with --resume")
-                    raise KeyboardInterrupt
+                    self.stopped()
+        if stop():  # during the last evaluation
+            self.stopped()
+
+    def stopped(self) -> NoReturn:
+        """Say where, and end."""
+        self.say(f"stopped after step {self.loop.done} of {self.loop.steps}; go on with --resume")
+        raise KeyboardInterrupt
 
     def _wants_shares(self) -> bool:
         step = self.loop.done + 1

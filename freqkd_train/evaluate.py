@@ -19,7 +19,7 @@ from freqkd_train.metrics import miou
 from freqkd_train.metrics.card import Card
 
 Say = Callable[[str], None]
-METRICS, CONFUSIONS, SHEET = "metrics.json", "confusions.npy", "detections.png"
+METRICS, SHEET = "metrics.json", "detections.png"
 
 
 def run(folder: Path, out: Path, *, spec: str = "", split: str = "", annotation_set: str = "", protocol: str = "",
@@ -32,6 +32,10 @@ def run(folder: Path, out: Path, *, spec: str = "", split: str = "", annotation_
     Raises: RunError for a folder of another kind; AnnotationError for the data; FreqkdError when classes do not match.
     """
     built = assembly.loaded(folder, layers.device_of(device))
+    segments = built.settings.task == "segment"
+    if segments and (draw or protocol):
+        raise RunError(f"{folder} segments: --draw and --protocol are for boxes; leave them out.")
+    protocol = score.checked(protocol)
     wanted = built.settings.targets
     target = annotated.load(spec or wanted.spec, split or wanted.test,
                             annotations=annotation_set or wanted.test_annotations, policy=wanted.policy)  # fmt: skip
@@ -42,13 +46,22 @@ def run(folder: Path, out: Path, *, spec: str = "", split: str = "", annotation_
             "task": built.settings.task, "target": {"spec": spec or wanted.spec, "split": split or wanted.test,
             "annotations": annotation_set or wanted.test_annotations, "policy": wanted.policy}}  # fmt: skip
     if spec or split:
-        trained = annotated.load(wanted.spec, wanted.train, annotations=wanted.train_annotations, policy=wanted.policy)
-        head["leak"] = leaks.check(trained, target, allow_leak)
-    found = _segmented(built, target, out) if built.settings.task == "segment" else _detected(
+        head["leak"] = _leak(built, target, allow_leak)
+    found = _segmented(built, target, out) if segments else _detected(
         built, target, out, protocol or default_protocol(target), draw)  # fmt: skip
     content = provenance.plain(head | found)
     schema.write_text(out / METRICS, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def _leak(built: assembly.Built, target: Target, allow: bool) -> dict[str, Any]:
+    """What other test images share with those of either stage of training."""
+    wanted, before = built.settings.targets, built.settings.stage1
+    trained = annotated.load(wanted.spec, wanted.train, annotations=wanted.train_annotations, policy=wanted.policy)
+    found = {"finetune": leaks.check(trained, target, allow)}
+    if before.pairs:
+        found["distil"] = leaks.of_pairs(before.pairs, before.exclude, target, allow)
+    return found
 
 
 def default_protocol(target: Target) -> str:
@@ -87,10 +100,9 @@ def _detected(built: assembly.Built, target: Target, out: Path, protocol: str, d
 
 def _segmented(built: assembly.Built, target: Target, out: Path) -> dict[str, Any]:
     confusions = predictions.confusions(built, target, built.settings.training.batch)
-    with schema.atomic(out / CONFUSIONS) as temporary, temporary.open("wb") as handle:
-        np.save(handle, confusions)
+    predictions.write_confusions(out, confusions)
     known = {key: target.card[key] for key in ("data_set", "annotation_set", "annotation_sha256", "split", "frames")}
     card = Card(**known, ignore_rule="none: unlabelled is a class", classes=tuple(target.classes),
                 box_source=str(target.card.get("box_source", "")), metric="mIoU from one confusion matrix")  # fmt: skip
     figures = miou.scores(confusions, [record.time for record in target.records], classes=target.classes)
-    return {"protocol": "miou", "units": "fraction", "card": card.as_dict(), "figures": figures}
+    return {"protocol": "miou", "units": "percent", "card": card.as_dict(), "figures": score.percent(figures)}

@@ -17,17 +17,19 @@ from typing import Any
 import torch
 
 from freqkd_analysis import layers, provenance, schema
+from freqkd_analysis.data.records import PairRecord
 from freqkd_train import annotations as annotated
 from freqkd_train import assembly, checkpoint, config, engine, leaks, pairs, predictions, schedule
 from freqkd_train.annotations import Target
 from freqkd_train.assembly import Built
+from freqkd_train.config import ConfigError
 from freqkd_train.downstream import Downstream
 from freqkd_train.metrics import coco, miou
 
 Say = Callable[[str], None]
 FIGURES = {"detect": "ap50", "segment": "miou_8"}
 """What an epoch is chosen by, a task."""
-_FREE = ("data.workers", *(f"training.{key}" for key in engine.MAY_CHANGE))
+FREE = ("data.workers", *(f"training.{key}" for key in engine.MAY_CHANGE))
 
 
 def targets(settings: Downstream, say: Say) -> tuple[Target, Target | None, Target, dict[str, Any]]:
@@ -39,6 +41,8 @@ def targets(settings: Downstream, say: Say) -> tuple[Target, Target | None, Targ
     every = annotated.load(wanted.spec, wanted.train, annotations=wanted.train_annotations, policy=wanted.policy)
     test = annotated.load(wanted.spec, wanted.test, annotations=wanted.test_annotations, policy=wanted.policy)
     annotated.same_classes(every, test)
+    if settings.modality == "rgb" or settings.teacher:
+        _check_visible([*every.records, *test.records], wanted.spec)
     leak = leaks.check(every, test, wanted.allow_leak)
     for warning in every.card.get("warnings", []):
         say(f"{every.name}: {warning}")
@@ -50,13 +54,19 @@ def targets(settings: Downstream, say: Say) -> tuple[Target, Target | None, Targ
     return cut[0], cut[1] if len(cut) > 1 else None, test, leak
 
 
+def _check_visible(records: Sequence[PairRecord], spec: str) -> None:
+    """ConfigError where the visible image would be the infrared one under another name."""
+    if any(record.rgb == record.ir and not record.meta.get("packed") for record in records):
+        raise ConfigError(f"{spec} has infrared images alone; the arms rgb and response need pairs.")
+
+
 def run(settings: Downstream, out: Path, resume: bool, say: Say, command: Sequence[str]) -> dict[str, Any]:
     """Fine-tune and write the run folder; returns its manifest."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     device = layers.device_of(settings.training.device)
     train, held, test, leak = targets(settings, say)
     built = assembly.build(settings, train.classes, device)
-    config.claim(out, settings, resume, _FREE)
+    config.claim(out, settings, resume, FREE)
     ours = assembly.source(built, train, settings.modality, bool(settings.teacher))
     judged, chosen_by = _chosen_by(settings, held, test)
     done = engine.fit(built.step, ours, settings.training.model_copy(update={"best": chosen_by}), settings.seed, out,

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from freqkd_analysis.data import decode, verify
+from freqkd_analysis.data import decode, layouts, verify
 from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import FreqkdError
+from freqkd_train import pairs
 from freqkd_train.annotations import Target
 
 Progress = Callable[[int, int], None]
@@ -85,13 +88,33 @@ def between(
     return {"shared": sum(map(len, kinds.values())), **counted}
 
 
+def of_pairs(spec: str, exclude: str, test: Target, allow: bool, progress: Progress | None = None) -> dict[str, Any]:
+    """What the pairs of a distillation and a test split share, by files and looks: their names are of two worlds.
+
+    Args: spec: layout and place; exclude: a file of ids that were left out. Raises: as `check`.
+    """
+    records = layouts.load(spec)
+    left_out = pairs.excluded(Path(exclude), records, lambda text: None) if exclude else set()
+    records = [record for record in records if record.id not in left_out]
+    found = between(records, test.records, False, False, progress)
+    refuse(found, f"the pairs of stage 1 ({spec})", test.name, allow)
+    return {**found, "allowed": bool(found["shared"])}
+
+
 def thumbnail(record: PairRecord) -> np.ndarray:
     """(256,) float32, less its mean and of unit length, of the infrared image; zeros when it is flat."""
-    if record.meta.get("packed"):
-        infrared, _ = decode.read_rgbt(record.ir)[2:]
+    changed = record.ir.stat().st_mtime_ns if record.ir.is_file() else 0
+    return _thumbnail(record.ir, bool(record.meta.get("packed")), changed)
+
+
+@lru_cache(maxsize=100_000)
+def _thumbnail(path: Path, packed: bool, _changed: int) -> np.ndarray:
+    """Kept, 1 kB each: every arm and seed of a study asks for the same images."""
+    if packed:
+        infrared, _ = decode.read_rgbt(path)[2:]
     else:
         # Per image: the thumbnail does not see level and contrast, and no window of the data set is needed.
-        infrared, _ = decode.read_ir(record.ir, "image")
+        infrared, _ = decode.read_ir(path, "image")
     return verify.thumb(infrared).astype(np.float32)
 
 

@@ -54,10 +54,10 @@ def split(
         >>> len(train), len(held), {record.group for record in train} & {record.group for record in held}
         (15, 5, set())
     """
-    excluded = _excluded(Path(data.exclude), records, say) if data.exclude else set()
+    left_out = excluded(Path(data.exclude), records, say) if data.exclude else set()
     chosen = sample(records, data.limit or max(1, len(records)), "stratified", seed)
     away = _held_groups(chosen, data.holdout, seed) if data.holdout else set()
-    train = [record for record in chosen if record.group not in away and record.id not in excluded]
+    train = [record for record in chosen if record.group not in away and record.id not in left_out]
     if not train:
         raise DataError(f"no pair is left to train on: all of the {len(chosen)} pairs are held out or named in "
                         f"{data.exclude}; take ids out of that file.")  # fmt: skip
@@ -84,7 +84,8 @@ def _held_groups(records: Sequence[PairRecord], share: float, seed: int) -> set[
     return held
 
 
-def _excluded(path: Path, records: Sequence[PairRecord], say: Callable[[str], None]) -> set[str]:
+def excluded(path: Path, records: Sequence[PairRecord], say: Callable[[str], None]) -> set[str]:
+    """The ids in a `data.exclude` file; `say` is told what it does. Raises DataError when it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from freqkd_analysis import schema, terminal
+from freqkd_analysis import provenance, schema, terminal
 from freqkd_analysis.errors import RunError
 from freqkd_train import annotations as annotated
 from freqkd_train import assembly, detection, segmentation
@@ -15,7 +15,8 @@ from freqkd_train.annotations import Target
 from freqkd_train.metrics import miou
 from freqkd_train.metrics.boxes import Detections, make_detections
 
-PREDICTIONS = "predictions.json"
+PREDICTIONS, CONFUSIONS = "predictions.json", "confusions.npy"
+AGAIN = "evaluate again."
 
 
 def boxes(built: assembly.Built, target: Target, size: int, modality: str = "") -> Detections:
@@ -60,7 +61,28 @@ def read(folder: Path, target: Target) -> Detections:
     path = folder / PREDICTIONS
     if not path.is_file():
         raise RunError(f"no {PREDICTIONS} in {folder}; expected the folder of an evaluation.")
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    shape = {"names": [str], "image": [int], "category": [int], "box": [[(int, float)]], "score": [(int, float)]}
+    rows = provenance.read_object(path, shape, AGAIN)
     if rows["names"] != [record.id for record in target.records]:
         raise RunError(f"{path} is of other images than {target.name}.")
     return make_detections(image=rows["image"], category=rows["category"], box=rows["box"], score=rows["score"])
+
+
+def write_confusions(folder: Path, matrices: np.ndarray) -> None:
+    """confusions.npy, whole or not at all."""
+    with schema.atomic(folder / CONFUSIONS) as temporary, temporary.open("wb") as handle:
+        np.save(handle, matrices)
+
+
+def read_confusions(folder: Path, target: Target) -> np.ndarray:
+    """(N, K, K) of confusions.npy again. Raises RunError when it is not there, damaged, or of other images."""
+    path = folder / CONFUSIONS
+    try:
+        found = np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); {AGAIN}") from None
+    n, k = len(target.records), len(target.classes)
+    if found.shape != (n, k, k):
+        raise RunError(f"{path} is of other images than {target.name}: expected {n} matrices {k}x{k}, got "
+                       f"{found.shape}.")  # fmt: skip
+    return found

@@ -22,8 +22,6 @@ from freqkd_train import annotation_files
 from freqkd_train.metrics.boxes import EVERY_CLASS, BoxError, Detections, Truth, make_detections, make_truth
 
 COLUMNS = "image,x,y,w,h,score"
-IGNORED_LABELS = ("dontcare", "don't care", "ignore", "__ignore__")
-"""Category names that mark regions to ignore for every class."""
 _KAIST_NAME = re.compile(r"(set(\d\d))[/_](V\d{3})[/_](?:(?:visible|lwir)[/_])?(I\d{5})")
 _VIDEO_NAME = re.compile(r"(video-[^-/]+)-frame-\d+")
 
@@ -68,7 +66,7 @@ def read_annotations(path: Path) -> Annotations:
     if is_kaist:
         classes, place = ("person",), {name: 0 if name == "person" else EVERY_CLASS for name in coco.labels}
     else:
-        classes = tuple(name for name in coco.labels if name.lower() not in IGNORED_LABELS)
+        classes = tuple(name for name in coco.labels if name.lower() not in annotation_files.REGIONS)
         place = {name: classes.index(name) if name in classes else EVERY_CLASS for name in coco.labels}
     truth = _truth(
         path, names, classes, place, [image.marked for image in coco.images],

@@ -63,7 +63,7 @@ def score(
     if not results:
         raise FreqkdError("no detections to score; give at least one --results FILE.")
     read = read_annotations(annotations)
-    runs = [Run(name, read_results(path, read)) for name, path in zip(_names(results), results, strict=True)]
+    runs = [Run(name, read_results(path, read)) for name, path in zip(names(results), results, strict=True)]
     card = card_of(read, protocol, style)
     content = compared(read.truth, runs, card, protocol_of(read, protocol), style=style, draws=draws, seed=seed)
     if out is not None:
@@ -102,22 +102,22 @@ def report(truth: Truth, run: Run, card: Card, protocol: str, style: str = "matl
     detections = run.detections.validate(len(truth.names), len(truth.classes))
     head = {"name": run.name, "detections": len(detections.score), "units": "percent", "card": card.as_dict()}
     if protocol == "coco":
-        figures = _percent(coco.average_precision(truth, detections))
+        figures = percent(coco.average_precision(truth, detections))
         dropped = coco.keep(truth, ~truth.ignore)
         if truth.ignore.any():
-            figures["ap50_ignored_dropped"] = _percent(coco.ap50(dropped, detections))
+            figures["ap50_ignored_dropped"] = percent(coco.ap50(dropped, detections))
         return head | figures
     table: dict[str, dict[str, Any]] = {}
     person = person_of(truth)
     for rate in kaist.miss_rates(truth, detections, style=style, person=person):
         table.setdefault(rate.setting, {})[rate.subset] = {
-            "miss_rate": _percent(rate.miss_rate), "recall": _percent(rate.recall),
+            "miss_rate": percent(rate.miss_rate), "recall": percent(rate.recall),
             "counted": rate.counted, "images": rate.images,
         }  # fmt: skip
     reasonable = table["Reasonable"]
     rates = {f"mr_{subset}": reasonable.get(subset, {}).get("miss_rate") for subset in kaist.SUBSETS}
     rules = coco.readings(truth, person)
-    figures = _percent(coco.average_precision(*_swapped(rules["reasonable"], detections)))
+    figures = percent(coco.average_precision(*_swapped(rules["reasonable"], detections)))
     readings = {
         name: {"ap50": _ap50(changed, detections, counted)["all"], "counted": int(counted.sum())}
         for name, (changed, counted) in rules.items()
@@ -270,7 +270,9 @@ def _details(one: Mapping[str, Any]) -> list[str]:
 
 def _differences(comparison: Mapping[str, Any]) -> list[str]:
     names = comparison["runs"]
-    lines = [f"differences, later minus earlier, 95 % interval ({comparison['draws']} draws; * leaves out 0)"]
+    rule = "; miss rates MATLAB style" if any(name.startswith("mr_") for name in comparison["figures"]) else ""
+    told = f"95 % interval ({comparison['draws']} draws; * leaves out 0{rule})"
+    lines = [f"differences, later minus earlier, {told}"]
     for figure, rows in comparison["figures"].items():
         for row in rows["differences"]:
             i, j = row["runs"]
@@ -287,24 +289,24 @@ def _ap50(truth: Truth, detections: Detections, counted: np.ndarray) -> dict[str
     unit = statistics.Units(index, names, "group", "")
     rows = {"all": [1.0, 1.0, 1.0], "day": [1.0, 0.0, 0.0], "night": [0.0, 1.0, 0.0]}
     values = intervals.average_precision_50(truth, detections, counted, unit)(np.array([rows[name] for name in masks]))
-    return {name: _percent(float(value)) for name, value in zip(masks, values, strict=True)}
+    return {name: percent(float(value)) for name, value in zip(masks, values, strict=True)}
 
 
 def _swapped(rule: tuple[Truth, np.ndarray], detections: Detections) -> tuple[Truth, Detections, np.ndarray]:
     return rule[0], detections, rule[1]
 
 
-def _percent(value: Any) -> Any:
+def percent(value: Any) -> Any:
     """Fractions, in nested dicts too, as percent; whole numbers stay, NaN becomes None."""
     if isinstance(value, dict):
-        return {key: _percent(inner) for key, inner in value.items()}
+        return {key: percent(inner) for key, inner in value.items()}
     if isinstance(value, float):
         return None if math.isnan(value) else 100.0 * value
     return value
 
 
 def _scaled(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _percent(value) if key in ("value", "low", "high") else value for key, value in row.items()}
+    return {key: percent(value) if key in ("value", "low", "high") else value for key, value in row.items()}
 
 
 def _shown(value: float | None) -> str:
@@ -313,14 +315,17 @@ def _shown(value: float | None) -> str:
 
 def protocol_of(read: Annotations, protocol: str = "") -> str:
     """The protocol asked for, or the one that the annotations suggest. Raises FreqkdError for an unknown name."""
-    if not protocol:
-        return "kaist" if read.kaist else "coco"
-    if protocol not in PROTOCOLS:
+    return checked(protocol) or ("kaist" if read.kaist else "coco")
+
+
+def checked(protocol: str) -> str:
+    """The name of a protocol, or empty. Raises FreqkdError for an unknown one."""
+    if protocol and protocol not in PROTOCOLS:
         raise FreqkdError(f'no protocol "{protocol}"; known: {first(PROTOCOLS)}.{nearest(protocol, PROTOCOLS)}')
     return protocol
 
 
-def _names(results: Sequence[Path]) -> list[str]:
+def names(results: Sequence[Path]) -> list[str]:
     """What to call each file: its stem, or its path where two stems are alike."""
     stems = [path.name.removesuffix(".gz").rsplit(".", 1)[0] for path in results]
     return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, results, strict=True)]

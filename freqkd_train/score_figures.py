@@ -37,11 +37,14 @@ Picture = Callable[[int], np.ndarray]
 """Image number -> (H, W) or (H, W, 3) in 0..1, native size."""
 
 
-def write_figures(truth: Truth, runs: Sequence[Run], protocol: str, folder: Path) -> list[Path]:
-    """miss_rate (protocol kaist, Reasonable) and precision_recall (overlap 0.5) as SVG, PNG and CSV; the paths."""
+def write_figures(truth: Truth, runs: Sequence[Run], protocol: str, folder: Path, style: str = "matlab") -> list[Path]:
+    """miss_rate (protocol kaist, Reasonable) and precision_recall (overlap 0.5) as SVG, PNG and CSV; the paths.
+
+    style: of the miss rate, a name of `kaist.STYLES`.
+    """
     drawings = {"precision_recall": _precision_recall_drawing(truth, runs, protocol)}
     if protocol == "kaist":
-        drawings = {"miss_rate": _miss_rate_drawing(truth, runs), **drawings}
+        drawings = {"miss_rate": _miss_rate_drawing(truth, runs, style), **drawings}
     return [path for name, drawing in drawings.items() for path in write_drawn(folder, render(name, drawing))]
 
 
@@ -204,13 +207,13 @@ def _tile(
     return image
 
 
-def _miss_rate_drawing(truth: Truth, runs: Sequence[Run]) -> Drawing:
+def _miss_rate_drawing(truth: Truth, runs: Sequence[Run], style: str) -> Drawing:
     import pandas as pd
 
     parts = []
     for run in runs:
         curve = kaist.curves(truth, run.detections, ["Reasonable"], person=person_of(truth))["Reasonable", "all"]
-        value = kaist.log_average(curve, kaist.STYLES["matlab"])
+        value = kaist.log_average(curve, kaist.STYLES[style])
         recall = curve.recall if curve.counted else np.full(len(curve.true), np.nan)
         kept = _corners(curve.false)
         parts.append(pd.DataFrame({

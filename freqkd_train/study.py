@@ -7,22 +7,22 @@ whatever interrupted the study. Students may come from another study instead, so
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freqkd_analysis import provenance, schema, terminal
+from freqkd_analysis import layers, provenance, schema, shards, terminal
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import FreqkdError, RunError, first, nearest
 from freqkd_train import annotations as annotated_images
 from freqkd_train import arms, assembly, compare, config, evaluate, export, finetune, job, leaks
 from freqkd_train.arms import ARMS, Study
-from freqkd_train.config import Config, Section
+from freqkd_train.config import Config
 from freqkd_train.downstream import Downstream
 
 if TYPE_CHECKING:
@@ -80,33 +80,73 @@ def training_pairs(study: Study, spec: str, out: Path) -> str:
     return f"csv:{path}"
 
 
-def stage(folder: Path, settings: Any, work: Callable[[Path, bool], None], say: Say, again: bool = False) -> None:
-    """Do one stage unless its folder holds it with the same settings; one that was interrupted goes on."""
-    told = settings.model_dump(mode="json") if isinstance(settings, Section) else settings
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+@dataclass(frozen=True)
+class Kind:
+    """A kind of stage: the file that says it can go on, empty where it cannot, and the one that ends it; settings that
+    change no number."""
+
+    begun: str
+    ended: str
+    free: tuple[str, ...] = ()
+
+
+ANALYSE = Kind(f"{shards.FOLDER}/settings.json", "report.html")
+DISTIL = Kind("config.yaml", "manifest.json", job.MACHINE)
+FINETUNE = Kind("config.yaml", "manifest.json", finetune.FREE)
+EVALUATE = Kind("", evaluate.METRICS)
+
+
+def stage(kind: Kind, folder: Path, settings: dict[str, Any], inputs: dict[str, str],
+          work: Callable[[Path, bool], object], say: Say) -> None:  # fmt: skip
+    """Do one stage unless its folder holds it whole, of the same settings and inputs; one that was interrupted goes on.
+
+    Args: settings: what was asked for, flat. inputs: digests of the files it is made from; where these changed, it is
+        done again.
+    Raises: RunError where other settings were asked for: nothing that took hours is thrown away unasked.
+    """
     mark = folder.parent / f".{folder.name}.json"
-    found = json.loads(mark.read_text()) if mark.is_file() else {}
-    same = found.get("settings") == digest and folder.exists()
-    if same and found.get("done") and not again:
-        say(f"{folder.parent.name}/{folder.name}: there already")
+    settings = {key: value for key, value in settings.items() if key not in kind.free}
+    asked = provenance.plain({"settings": settings, "inputs": inputs})
+    name = f"{folder.parent.name}/{folder.name}"
+    stored = _mark(mark) if folder.exists() else {}
+    if stored:
+        for key in sorted({*stored["settings"], *asked["settings"]}):
+            was, now = stored["settings"].get(key), asked["settings"].get(key)
+            if was != now:
+                raise RunError(f"{folder} was made with {key} = {was}, now {now}; give the same, another --out, or "
+                               f"--from {folder.parent.name} to do it again.")  # fmt: skip
+    same = stored.get("inputs") == asked["inputs"]
+    if same and (folder / kind.ended).is_file():
+        say(f"{name}: there already")
         return
-    if folder.exists() and (not same or again):
+    goes_on = same and bool(kind.begun) and (folder / kind.begun).is_file()
+    if folder.exists() and not goes_on:
         shutil.rmtree(folder)
-    say(f"{folder.parent.name}/{folder.name}")
-    schema.write_text(mark, json.dumps({"settings": digest, "done": False}))
-    work(folder, same and (folder / "config.yaml").is_file() and not again)
-    schema.write_text(mark, json.dumps({"settings": digest, "done": True}))
+    say(name)
+    schema.write_text(mark, json.dumps(asked, indent=1) + "\n")
+    work(folder, goes_on)
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    """What a stage was made from; a mark that is cut counts as none."""
+    try:
+        return provenance.read_object(path, {"settings": dict, "inputs": dict}, "")
+    except RunError:
+        return {}
 
 
 def run(study: Study, out: Path, say: Say, command: Sequence[str], start: str = "") -> pd.DataFrame:
     """Every stage of every arm and seed; returns the comparison.
 
-    Args: start: redo from this stage on. Raises: FreqkdError of the stage that cannot go on.
+    Args: start: do this stage and those after it again. Raises: FreqkdError of the stage that cannot go on.
     """
     if start and start not in STAGES:
         raise FreqkdError(f'expected --from {"|".join(STAGES)}, got "{start}".{nearest(start, STAGES)}')
-    arms.check(study.changes)
-    going = Going(study, out, say, command, start)
+    arms.check(study)
+    layers.device_of(study.device)
+    going = Going(study, out.resolve(), say, command)
+    if start:
+        going.forget(STAGES[STAGES.index(start) :])
     evaluated = [going.arm(method, seed) for seed in study.seeds for method in going.order()]
     table = compare.compare(evaluated)
     compare.write(table, out / "compare")
@@ -114,16 +154,24 @@ def run(study: Study, out: Path, say: Say, command: Sequence[str], start: str = 
 
 
 class Going:
-    """A study under way: its data, and one arm at a time."""
+    """A study under way: its data, and one arm at a time. Folders are absolute: they stand in settings."""
 
-    def __init__(self, study: Study, out: Path, say: Say, command: Sequence[str], start: str) -> None:
+    def __init__(self, study: Study, out: Path, say: Say, command: Sequence[str]) -> None:
         self.study, self.out, self.say, self.command = study, out, say, command
-        self.redo = {name: bool(start) and i >= STAGES.index(start) for i, name in enumerate(STAGES)}
-        self._fresh: set[Path] = set()
         self.spec = annotated(study, out, say)
-        self.students = Path(study.students) if study.students else out
-        self.pairs = self._students_pairs() if study.students else training_pairs(study, self.spec, out)
+        self.students = Path(study.students).resolve() if study.students else out
+        self.pairs, self.exclude = self._pairs()
         self._check_leak()
+
+    def forget(self, stages: Sequence[str]) -> None:
+        """Remove what these stages left of the arms and seeds asked for: they are done again, also after a stop."""
+        for seed in self.study.seeds:
+            for method in self.order():
+                for name in stages:
+                    of = ARMS[method].student if name == "distil" else method
+                    shutil.rmtree(self.out / name / f"{of}-{seed}", ignore_errors=True)
+        if "analyse" in stages:
+            shutil.rmtree(self.out / "analyse", ignore_errors=True)
 
     def order(self) -> list[str]:
         """The arms, the reference detector first, which the response arm needs."""
@@ -142,10 +190,12 @@ class Going:
         made = config.read(first / "config.yaml")
         tuned = arms.finetuning(self.study, method, seed, self.spec, made, weights, self.out)
         second, third = (self.out / part / name for part in ("finetune", "evaluate"))
-        # Weights of the same name may be others, when another study was run again.
-        told = {"of": tuned.model_dump(mode="json"), "weights": provenance.sha256_file(weights)}
-        stage(second, told, partial(self._finetune, tuned), self.say, self.redo["finetune"])
-        stage(third, {"run": str(second)} | told, partial(self._evaluate, second), self.say, self.redo["evaluate"])
+        inputs = {"weights": provenance.sha256_file(weights)}
+        if tuned.teacher:
+            inputs["teacher"] = provenance.sha256_file(Path(tuned.teacher) / assembly.WEIGHTS)
+        stage(FINETUNE, second, config.flat(tuned), inputs, partial(self._finetune, tuned), self.say)
+        model = {"model": provenance.sha256_file(second / assembly.WEIGHTS)}
+        stage(EVALUATE, third, {}, model, partial(self._evaluate, second), self.say)
         return third
 
     def _student(self, name: str, seed: int) -> Path:
@@ -158,9 +208,8 @@ class Going:
             return folder
         weights_from = self._analysed() if name == "measured" else None
         settings = arms.distillation(self.study, name, seed, self.pairs, weights_from)
-        again = self.redo["distil"] and folder not in self._fresh
-        self._fresh.add(folder)
-        stage(folder, settings, partial(self._distil, settings), self.say, again)
+        inputs = {"weights": provenance.sha256_file(weights_from / "band_weights.json")} if weights_from else {}
+        stage(DISTIL, folder, config.flat(settings), inputs, partial(self._distil, settings), self.say)
         return folder
 
     def _tuned(self, name: str) -> Path:
@@ -175,7 +224,7 @@ class Going:
 
     def _analysed(self) -> Path:
         """The analysis of the training pairs with the teacher, for measured weights."""
-        from freqkd_analysis import layers, plan
+        from freqkd_analysis import plan
 
         base = arms.distillation(self.study, "freqkd", 0, self.pairs, None)
         settings = plan.Settings(
@@ -189,9 +238,7 @@ class Going:
         def work(place: Path, resume: bool) -> None:
             layers.run(settings, machine, place, resume, self.say, terminal.progress, ["freqkd-train"])
 
-        again = self.redo["analyse"] and folder not in self._fresh
-        self._fresh.add(folder)
-        stage(folder, vars(settings) | {}, work, self.say, again)
+        stage(ANALYSE, folder, asdict(settings), {}, work, self.say)
         return folder
 
     def _distil(self, settings: Config, folder: Path, resume: bool) -> None:
@@ -203,26 +250,38 @@ class Going:
     def _evaluate(self, model: Path, folder: Path, resume: bool) -> None:
         evaluate.run(model, folder, device=self.study.device)
 
-    def _students_pairs(self) -> str:
-        """The pairs that another study's students were distilled on."""
+    def _pairs(self) -> tuple[str, str]:
+        """Pairs of stage 1 and the file of ids left out: of this study, or of the one whose students are taken."""
+        if not self.study.students:
+            pairs = training_pairs(self.study, self.spec, self.out)
+            return pairs, arms.distillation(self.study, "none", 0, pairs, None).data.exclude
         found = sorted(self.students.glob("distil/*/config.yaml"))
         if not found:
             raise RunError(f"{self.students} is no study: it holds no distil/*/config.yaml; expected the folder of a "
                            "`freqkd-train kaist` or the like.")  # fmt: skip
-        return config.read(found[0]).data.spec
+        data = config.read(found[0]).data
+        return data.spec, data.exclude
 
     def _check_leak(self) -> None:
-        """No test frame among the pairs of stage 1, whatever their names: by their looks. Once, then remembered."""
-        settings = arms.distillation(self.study, "none", 0, self.pairs, None)
-        test = arms.finetuning(self.study, "none", 0, self.spec, settings, Path("none"), self.out).targets
-        mark = self.out / LEAK
-        asked = [self.pairs, settings.data.exclude, test.spec, test.test, test.allow_leak]
-        if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["of"] == asked:
-            return
+        """No test frame among the pairs of stage 1. Once, then remembered by the names on both sides."""
+        made = arms.distillation(self.study, "none", 0, self.pairs, None)
+        test = arms.finetuning(self.study, "none", 0, self.spec, made, Path("none"), self.out).targets
         target = annotated_images.load(test.spec, test.test, annotations=test.test_annotations, policy=test.policy)
-        excluded = set(Path(settings.data.exclude).read_text(encoding="utf-8").split()) if settings.data.exclude else ()
-        records = [record for record in layouts.load(self.pairs) if record.id not in excluded]
+        sides = (layouts.load(self.pairs), target.records)
+        names = [provenance.sha256_lines(record.id for record in side) for side in sides]
+        asked = {"pairs": [self.pairs, self.exclude, names[0]], "test": [target.name, names[1]],
+                 "allow": test.allow_leak}  # fmt: skip
+        mark = self.out / LEAK
+        if mark.is_file() and _leak_mark(mark) == asked:
+            return
         with terminal.counting("looking for shared frames") as count:
-            found = leaks.between(records, target.records, False, False, count)
-        leaks.refuse(found, f"the pairs of stage 1 ({self.pairs})", target.name, test.allow_leak)
-        schema.write_text(mark, json.dumps({"of": asked, "allowed": test.allow_leak} | found, indent=1) + "\n")
+            found = leaks.of_pairs(self.pairs, self.exclude, target, test.allow_leak, count)
+        schema.write_text(mark, json.dumps({"of": asked} | found, indent=1) + "\n")
+
+
+def _leak_mark(path: Path) -> dict[str, Any]:
+    """What a check was of; one that is cut counts as none."""
+    try:
+        return dict(provenance.read_object(path, {"of": dict}, "")["of"])
+    except RunError:
+        return {}

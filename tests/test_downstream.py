@@ -107,9 +107,41 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bytes(trained, tmp_path):
         patch.setattr(loop.Loop, "step", stopping)
         finetune.run(made, cut, False, quiet, [])
     assert not (cut / assembly.WEIGHTS).exists()
-    finetune.run(made, cut, True, quiet, [])
+    told: list[str] = []
+    finetune.run(made, cut, True, told.append, [])
+    assert "resumed at step 3 of 6" in told
     for name in (assembly.WEIGHTS, "metrics.jsonl"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+
+
+def test_a_signal_in_the_last_evaluation_ends_the_run(trained, tmp_path, monkeypatch):
+    """It was swallowed, and a study went on to its next stage."""
+    import os
+    import signal
+
+    calls = []
+
+    def told(built, judged, size):
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.5
+
+    monkeypatch.setattr(finetune, "_figure", told)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(settings(trained / "data", select="test"), tmp_path / "r", False, quiet, [])
+    assert not (tmp_path / "r" / assembly.WEIGHTS).exists()
+
+
+def test_infrared_is_no_visible_image_under_another_name(trained, tmp_path):
+    for changes in ({"modality": "rgb"}, {"teacher": str(trained / "run")}):
+        with pytest.raises(ConfigError, match="has infrared images alone"):
+            finetune.run(settings(trained / "data", **changes), tmp_path / "r", False, quiet, [])
+
+
+def test_an_unknown_protocol_is_refused_before_any_work(trained, tmp_path, capsys):
+    line = refused(capsys, "evaluate", trained / "run", "--protocol", "kiast", "--out", tmp_path / "e")
+    assert 'no protocol "kiast"' in line and not (tmp_path / "e").exists()
 
 
 def test_other_settings_do_not_resume_and_a_full_folder_is_not_overwritten(trained):
@@ -208,3 +240,10 @@ def test_sheets_of_anybody_s_detections(trained, tmp_path, capsys):
         assert sheet.size[0] > 300
     status, _, err = call(capsys, *words, main=cli.main)
     assert status == 2 and "give --images FOLDER" in err
+    status, out, err = call(capsys, *words, "--images", trained / "data/test", main=cli.main)
+    assert status == 2 and "give --figures FOLDER" in err and not out
+
+
+def test_help_shows_the_defaults_that_words_tell(capsys):
+    """In square brackets they were taken for markup, and vanished."""
+    assert "(default: the run's)" in call(capsys, "evaluate", "--help", main=cli.main)[1]

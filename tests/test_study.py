@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from freqkd_analysis.errors import RunError
-from freqkd_train import arms, assembly, compare, config, evaluate, leaks, study
+from freqkd_train import annotations, arms, assembly, compare, config, evaluate, leaks, predictions, study
 from freqkd_train.config import ConfigError
+from freqkd_train.downstream import Downstream
 from freqkd_train.metrics.card import CardError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -58,7 +59,7 @@ def test_every_stage_leaves_its_folder(done):
         assert (done / "finetune" / name / "model.safetensors").is_file()
         found = json.loads((done / "evaluate" / name / "metrics.json").read_text())
         assert (
-            found["method"] == name[:-2] and found["card"]["data_set"] and 0 <= found["figures"]["all"]["miou_9"] <= 1
+            found["method"] == name[:-2] and found["card"]["data_set"] and 0 <= found["figures"]["all"]["miou_9"] <= 100
         )
     assert {p.name for p in (done / "compare").iterdir()} >= {"compare.csv", "compare.md", "compare.tex", "compare.svg"}
 
@@ -77,7 +78,7 @@ def test_a_second_call_uses_what_is_there(done):
 def test_the_comparison_is_of_the_confusion_matrices(done):
     table = compare.compare([done / "evaluate" / name for name in ("none-0", "freqkd-0")], draws=50)
     row = table[(table["method"] == "freqkd") & (table["metric"] == "miou_9")].iloc[0]
-    total = np.load(done / "evaluate" / "freqkd-0" / evaluate.CONFUSIONS).sum(0)
+    total = np.load(done / "evaluate" / "freqkd-0" / predictions.CONFUSIONS).sum(0)
     hit = np.diag(total)
     union = total.sum(0) + total.sum(1) - hit
     expected = np.mean([h / u if u else 0.0 for h, u in zip(hit, union, strict=True)])
@@ -112,10 +113,15 @@ def test_bad_words():
         arms.methods("none,frekd", False)
     with pytest.raises(ConfigError, match="expected some methods"):
         arms.methods(" ,", False)
-    with pytest.raises(ConfigError, match=r"expected --set distil\.KEY=VALUE or finetune"):
-        arms.check(["training.epochs=3"])
-    with pytest.raises(ConfigError, match=r'no setting "training.epoch" of the stage finetune. Did you mean'):
-        arms.check(["finetune.training.epoch=3"])
+    for change, words in (("training.epochs=3", r"expected --set distil\.KEY=VALUE or finetune"),
+                          ("finetune.training.epoch=3", r'no setting "training.epoch" of the stage finetune'),
+                          ("finetune.training.epochs=-1", "greater than or equal to 0")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            arms.check(tiny("kaist", changes=(change,)))
+    with pytest.raises(ConfigError, match="the method response is not for mfnet, whose task is to segment"):
+        arms.check(tiny("mfnet", names=("none", "response")))
+    with pytest.raises(ConfigError, match="teacher with task segment"):
+        config.parsed(Downstream, {"task": "segment", "teacher": "runs/x"})
     with pytest.raises(RunError, match=r"no metrics\.json"):
         compare.compare([Path("nowhere")])
 
@@ -144,7 +150,7 @@ def test_arms_differ_in_their_distillation_alone(detected):
     made = {path.parent.name: config.tree(path) for path in detected.glob("finetune/*/config.yaml")}
     assert set(made) == {"rgb-0", "none-0", "none_paper-0", "response-0", "freqkd-0"}
     own = {
-        "none": {"weights"},
+        "none": set(),
         "freqkd": {"weights"},
         "response": {"teacher"},
         "none_paper": {"head"},
@@ -152,7 +158,7 @@ def test_arms_differ_in_their_distillation_alone(detected):
     }
     for name, settings in made.items():
         unlike = {key for key in settings if settings[key] != made["none-0"][key]}
-        assert unlike <= own[name[:-2]] | {"method"}, name
+        assert unlike == own[name[:-2]] | ({"method"} if name != "none-0" else set()), name
     assert made["none_paper-0"]["head"]["consistency"] == 0.0 and made["none-0"]["head"]["consistency"] == 0.1
     assert sorted(path.name for path in (detected / "distil").iterdir() if path.is_dir()) == ["freqkd-0", "none-0"]
     terms = json.loads((detected / "finetune/response-0/metrics.jsonl").read_text().splitlines()[0])["terms"]
@@ -207,3 +213,160 @@ def test_the_epoch_is_chosen_on_validation_and_on_test_only_when_asked(detected)
     logged = [json.loads(line) for line in (detected / "finetune/none-0/metrics.jsonl").read_text().splitlines()]
     assert manifest["config"]["select"] == "validation" and any("val/ap50" in row for row in logged)
     assert not any("test/ap50" in row for row in logged)
+
+
+@pytest.fixture
+def copied(detected, tmp_path) -> Path:
+    """A study that was finished, to be run again, with the arm `none` alone."""
+    import shutil
+
+    shutil.copytree(detected, tmp_path / "k")
+    # Settings hold absolute paths: where the folder was.
+    for mark in [*tmp_path.glob("k/*/.*.json"), *tmp_path.glob("k/distil/*/config.yaml")]:
+        mark.write_text(mark.read_text().replace(str(detected), str(tmp_path / "k")))
+    return tmp_path / "k"
+
+
+def again(out: Path, **more) -> list[str]:
+    told: list[str] = []
+    study.run(tiny("kaist", names=("none",), **more), out, told.append, ["test"])
+    return told
+
+
+def test_what_changes_no_number_redoes_nothing(copied, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.chdir(copied.parent)
+    told: list[str] = []
+    study.run(replace(tiny("kaist", names=("none",)), device="auto"), Path("k"), told.append, ["test"])
+    assert [text for text in told if "there already" in text] == [
+        f"{name}/none-0: there already" for name in ("distil", "finetune", "evaluate")
+    ]
+
+
+def test_other_settings_throw_nothing_away(copied):
+    kept = (copied / "finetune/none-0" / assembly.WEIGHTS).read_bytes()
+    with pytest.raises(
+        RunError, match=r"finetune/none-0 was made with training\.lr = 0\.001, now 0\.01; .*--from finetune"
+    ):
+        again(copied, changes=("finetune.training.lr=0.01",))
+    assert (copied / "finetune/none-0" / assembly.WEIGHTS).read_bytes() == kept
+
+
+def test_a_model_that_changed_is_evaluated_again(copied):
+    import shutil
+
+    before = json.loads((copied / "evaluate/none-0/metrics.json").read_text())
+    shutil.rmtree(copied / "finetune/none-0")
+    (copied / "finetune/.none-0.json").unlink()
+    told = again(copied, changes=("finetune.training.lr=0.01",))
+    assert "evaluate/none-0" in told and "finetune/none-0" in told and "distil/none-0: there already" in told
+    assert json.loads((copied / "evaluate/none-0/metrics.json").read_text()) != before
+
+
+def test_a_stage_without_its_last_file_is_done_again(copied):
+    (copied / "evaluate/none-0/metrics.json").unlink()
+    (copied / "distil/.none-0.json").write_text("{")  # a mark that was cut
+    told = again(copied)
+    assert "evaluate/none-0" in told and "finetune/none-0: there already" in told and "distil/none-0" in told
+
+
+def test_from_a_stage_on_everything_is_done_again_also_after_a_stop(copied):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        study.run(tiny("kaist", names=("none",)), copied, quiet, ["test"], "finetune")
+    told = again(copied)
+    assert told[-3:] == ["distil/none-0: there already", "finetune/none-0: there already", "evaluate/none-0"]
+
+
+def test_a_measured_arm_stopped_in_its_analysis_goes_on(copied):
+    from freqkd_analysis import layers
+
+    finish, stopped = layers.finish, []
+
+    def stopping(*arguments, **more):
+        if not stopped:
+            stopped.append(1)
+            raise KeyboardInterrupt
+        return finish(*arguments, **more)
+
+    chosen = tiny("kaist", names=("measured",), changes=("distil.data.size=[96, 128]",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "finish", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            study.run(chosen, copied, quiet, ["test"])
+        shards = sorted((copied / "analyse/teacher/shards").glob("*.npz"))
+        times = [path.stat().st_mtime_ns for path in shards]
+        assert shards
+
+        def checking(job, place, *more):
+            if place.name == "teacher":
+                assert [path.stat().st_mtime_ns for path in shards] == times, "measured again"
+            return finish(job, place, *more)
+
+        patch.setattr(layers, "finish", checking)
+        table = study.run(chosen, copied, quiet, ["test"])
+    assert list(table["method"].unique()) == ["measured"] and (copied / "analyse/teacher/band_weights.json").is_file()
+
+
+def test_evaluations_given_twice_or_of_unlike_seeds_are_refused(detected, tmp_path):
+    import shutil
+
+    none, freqkd = (detected / "evaluate" / name for name in ("none-0", "freqkd-0"))
+    with pytest.raises(RunError, match="is none of seed 0 once more"):
+        compare.compare([none, none])
+    shutil.copytree(none, tmp_path / "none-1")
+    found = json.loads((none / "metrics.json").read_text())
+    (tmp_path / "none-1/metrics.json").write_text(json.dumps(found | {"seed": 1}))
+    with pytest.raises(RunError, match="unlike seeds: none 0, 1; freqkd 0"):
+        compare.compare([none, tmp_path / "none-1", freqkd])
+    assert compare.differences([none, tmp_path / "none-1", freqkd], True) == "seeds: none 0, 1; freqkd 0"
+
+
+def test_few_groups_are_told_with_the_table(done, capsys):
+    from freqkd_train import choose
+
+    table = compare.compare([done / "evaluate" / name for name in ("none-0", "freqkd-0")], draws=50)
+    assert "group" in table.attrs["note"]
+    choose.show_comparison(table, None, False)
+    assert table.attrs["note"] in capsys.readouterr().out
+    assert table.attrs["note"] in (done / "compare/compare.md").read_text()
+
+
+def test_annotations_that_changed_since_are_refused(copied):
+    folder = copied / "evaluate/none-0"
+    found = json.loads((folder / "metrics.json").read_text())
+    found["card"]["annotation_sha256"] = "0" * 64
+    (folder / "metrics.json").write_text(json.dumps(found))
+    with pytest.raises(RunError, match="are not those that"):
+        compare.compare([folder])
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.json"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"names": ["a'])
+def test_cut_files_of_an_evaluation_are_named(copied, name, text):
+    (copied / "evaluate/none-0" / name).write_text(text)
+    with pytest.raises(RunError, match=name):
+        compare.compare([copied / "evaluate/none-0"])
+
+
+def test_cut_confusions_are_named(done, tmp_path):
+    import shutil
+
+    shutil.copytree(done / "evaluate/none-0", tmp_path / "e")
+    for content in (b"", (tmp_path / "e/confusions.npy").read_bytes()[:200]):
+        (tmp_path / "e/confusions.npy").write_bytes(content)
+        with pytest.raises(RunError, match="confusions.npy cannot be read"):
+            compare.compare([tmp_path / "e"])
+
+
+@pytest.mark.parametrize("preset", ["paper", "compact", "smoke"])
+@pytest.mark.parametrize("recipe", ["kaist", "flir", "mfnet", "resnet50"])
+def test_the_second_stage_of_every_recipe_can_be_built(recipe, preset):
+    """A neck that does not fit the network was told only after all of stage 1. Small twins of the networks."""
+    chosen = arms.Study(recipe, "kaist:x", preset, ("none",), (0,))
+    made = arms.distillation(chosen, "none", 0, "kaist:x", None)
+    settings = arms.finetuning(chosen, "none", 0, "kaist:x", made, Path("random"), Path("out"))
+    small = "resnet18" if recipe == "resnet50" else "vit_tiny_patch16_224"
+    fit = {"model": small, "weights": "random", "data.size": [64, 64], "head.channels": 32, "head.hidden": 16}
+    assert assembly.build(config.updated(settings, fit), annotations.MASK_LABELS, "cpu").step is not None
