@@ -30,6 +30,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from freqkd_analysis.errors import FreqkdError, first, nearest
+from freqkd_train import ignored
 from freqkd_train.metrics.boxes import Detections, make_detections
 from freqkd_train.pyramid import GROUPS, POOLED, Anchors, Backbone, Regions
 
@@ -149,12 +150,12 @@ def build(
         torch.manual_seed(seed)
         common = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": detections}
         if kind == "faster_rcnn":
-            heads: nn.Module = FasterRCNN(
+            heads: nn.Module = ignored.spare(FasterRCNN(
                 given, rpn_anchor_generator=anchors, box_roi_pool=Regions(backbone.strides, backbone.units),
                 box_head=TwoMLPHead(backbone.out_channels * POOLED**2, hidden),
                 box_predictor=FastRCNNPredictor(hidden, classes + 1), box_batch_size_per_image=regions,
                 **{f"box_{k}": v for k, v in common.items()},
-            )  # fmt: skip
+            ))  # fmt: skip
         elif kind == "retinanet":
             head = RetinaNetHead(backbone.out_channels, anchors.num_anchors_per_location()[0], classes,
                                  norm_layer=partial(nn.GroupNorm, GROUPS))  # fmt: skip
@@ -266,11 +267,11 @@ class DetectionStep(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Args: batch: {"ids", "images": (B, 3, H, W) normalised, "targets": list of {"boxes": (n, 4), "labels": (n,)
-        from 1}}, n of 0 allowed, and "teacher" images where there is one.
+        from 1}}, n of 0 allowed, "ignored" (m, 4) beside them, and "teacher" images where there is one.
         Raises: DetectionError naming the image of a box that has no area, is not finite, or of an unknown class."""
         images = batch["images"]
-        targets = [{"boxes": t["boxes"].to(images.device, torch.float32), "labels": t["labels"].to(images.device)}
-                   for t in batch["targets"]]  # fmt: skip
+        targets = [{key: value.to(images.device, torch.int64 if key == "labels" else torch.float32)
+                    for key, value in target.items()} for target in batch["targets"]]  # fmt: skip
         _check_targets(batch["ids"], targets, self.detector.settings["classes"])
         features = self.detector.backbone.read(images)
         maps = self.detector.backbone.maps(features)

@@ -32,7 +32,7 @@ class TargetSource:
     visible image under `teacher`, for response distillation. seed: of mirror, crop and photometry.
 
     A batch is {"ids", "images": (B, 3, H, W), and of what the target has: "targets": list of {"boxes": (n, 4) XYXY px
-    of the input, "labels": (n,)}, "masks": (B, H, W)}; ignore regions are no boxes to learn.
+    of the input, "labels": (n,), "ignored": (m, 4) regions to ignore}, "masks": (B, H, W)}.
     """
 
     target: annotated.Target
@@ -91,19 +91,21 @@ class TargetSource:
         if self.teacher_stats is not None:
             out["teacher"] = self.geometry.input(rgb, *self.teacher_stats)
         if seen.boxes is not None and seen.labels is not None:
-            out["target"] = {"boxes": seen.boxes.as_subclass(Tensor), "labels": seen.labels}
+            found, learned = seen.boxes.as_subclass(Tensor), seen.labels > 0
+            out["target"] = {"boxes": found[learned], "labels": seen.labels[learned], "ignored": found[~learned]}
         if seen.masks is not None:
             plain = seen.masks.as_subclass(Tensor)[0].long()
             out["masks"] = self.geometry.padded(plain[None])[0] if self.geometry.kind == "pad" else plain
         return out
 
     def _boxes(self, number: int) -> tuple[Tensor | None, Tensor | None]:
+        """Boxes XYXY with their labels, 0 for regions to ignore."""
         truth = self.target.truth
         if truth is None:
             return None, None
-        rows = (truth.image == number) & ~truth.ignore
+        rows = truth.image == number
         xywh = torch.from_numpy(truth.box[rows]).float()
-        labels = torch.from_numpy(truth.category[rows]).long() + 1
+        labels = torch.from_numpy(np.where(truth.ignore, -1, truth.category)[rows]).long() + 1
         return torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1), labels
 
     def _mask(self, number: int) -> Tensor | None:

@@ -84,12 +84,18 @@ def test_an_image_without_boxes_has_an_empty_target(tmp_path):
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
-def test_regions_to_ignore_are_no_boxes_to_learn(tmp_path):
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_regions_to_ignore_are_no_boxes_to_learn_and_move_with_them(tmp_path, flip):
     spec = painted(tmp_path, [(64, 48)], [[[4, 4, 20, 16], [30, 20, 20, 16]]])
     content = json.loads((tmp_path / "all.json").read_text())
     content["annotations"][1]["iscrowd"] = 1
     (tmp_path / "all.json").write_text(json.dumps(content))
-    assert source(spec, (48, 64)).plain([0])["targets"][0]["boxes"].shape == (1, 4)
+    target = source(spec, (48, 64), flip).batch([(0, 0)])["targets"][0]
+    expected = ([[4, 4, 24, 20]], [[30, 20, 50, 36]])
+    if flip:
+        expected = tuple([[64 - x2, y1, 64 - x1, y2]] for ((x1, y1, x2, y2),) in expected)
+    assert target["labels"].tolist() == [1]
+    assert target["boxes"].tolist() == expected[0] and target["ignored"].tolist() == expected[1]
 
 
 def mfnet(root: Path) -> str:
