@@ -174,6 +174,8 @@ def run(tool: ModuleType, path: Path, folder: Path, data: str = "") -> Any:
 def test_it_runs_and_shows_what_is_stored(path: Path, tool: ModuleType, tmp_path: Path) -> None:
     done = run(tool, path, tmp_path)
     assert tool.errors(done) == []
+    moving = "widgets.interact(" in "".join(cell.source for cell in done.cells)
+    assert moving == any("image/png" in output.get("data", {}) for output in tool.inside_widgets(done))
     assert [kinds(cell) for cell in code(tool.cleaned(done))] == [kinds(cell) for cell in code(read(path))]
 
 

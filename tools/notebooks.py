@@ -52,9 +52,14 @@ def parameter_cell(notebook: Any) -> Any:
 def errors(notebook: Any) -> list[str]:
     """Error outputs, those that a widget's callback raised into the widget included."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    for widget in notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {}).values():
-        outputs += widget["state"].get("outputs", [])
+    outputs += inside_widgets(notebook)
     return [f"{output['ename']}: {output['evalue']}" for output in outputs if output["output_type"] == "error"]
+
+
+def inside_widgets(notebook: Any) -> list[Any]:
+    """What callbacks showed or raised: it lands in the state of a widget, not in a cell."""
+    state = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    return [output for widget in state.values() for output in widget["state"].get("outputs", [])]
 
 
 def cleaned(notebook: Any) -> Any:
