@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the suite runs two processes side by side, and sums then do not depend on the machine.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: analyze test slow lint install test-install clean
+.PHONY: analyze test slow lint notebooks install test-install clean
 .DEFAULT_GOAL := analyze
 
 analyze: install
@@ -23,6 +23,10 @@ lint: test-install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+notebooks: install
+	@test -x $(BIN)/jupyter-lab || $(BIN)/python -m pip install --quiet -e ".[notebooks]"
+	@$(BIN)/jupyter lab notebooks
 
 install:
 	@$(PYTHON) tools/bootstrap.py run
