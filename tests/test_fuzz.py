@@ -142,7 +142,7 @@ def repeated_value() -> bytes:
 
 
 def repacked() -> bytes:
-    """1 GB of zeros as weights, in a zip that packs them."""
+    """4 MB of zeros as weights, in a zip of a few kB: torch stores, a bomb packs."""
     import zipfile
 
     import torch
