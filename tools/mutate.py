@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry or ".").resolve() not in
                                       (ROOT, ROOT / "tools"))]  # fmt: skip
         # Loaded once and shared by the processes of all mutants; none of them imports a module of ours.
-        for heavy in ("torch", "scipy.stats", "scipy.ndimage", "pandas", "hypothesis", "pytest", "pydantic"):
+        for heavy in ("torch", "scipy.stats", "scipy.ndimage", "pandas", "pytest", "pydantic"):
             __import__(heavy)
         for module in chosen.modules or TESTS:
             for outcome in examine(folder, module, chosen.count, chosen.seed):
