@@ -31,7 +31,11 @@ TARGET = 0.85
 
 TESTS: dict[str, tuple[str, ...]] = {
     "freqkd_analysis/bands.py": ("tests/test_bands.py",),
-    "freqkd_analysis/spectral.py": ("tests/test_spectral.py", "tests/test_standardize.py"),
+    "freqkd_analysis/spectral.py": (
+        "tests/test_spectral.py",
+        "tests/test_standardize.py",
+        "tests/test_registration.py",
+    ),
     "freqkd_analysis/statistics.py": ("tests/test_statistics.py",),
     "freqkd_train/losses.py": ("tests/test_losses_reference.py", "tests/test_losses.py"),
     "freqkd_train/metrics/kaist.py": ("tests/test_miss_rate.py",),
