@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the suite runs two processes side by side, and sums then do not depend on the machine.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: analyze test slow lint notebooks install test-install clean
+.PHONY: analyze test slow lint mutants lock audit notebooks install test-install clean
 .DEFAULT_GOAL := analyze
 
 analyze: install
@@ -23,6 +23,22 @@ lint: test-install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# What the tests of the numbers do not notice: a table, and the lines of each change that went by.
+mutants: test-install
+	@$(BIN)/python tools/mutate.py $(ARGS)
+
+# Every version with its digests, for all platforms; changed only where pyproject.toml asks, or with ARGS=--upgrade.
+lock: test-install
+	@$(BIN)/python -m pip install --quiet "uv>=0.9"
+	@$(BIN)/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes --quiet \
+	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(ARGS) \
+	  --output-file requirements.lock
+
+# Known weaknesses of the locked versions. Asks the package index: the one target beside set-up that needs a network.
+audit: test-install
+	@$(BIN)/python -m pip install --quiet "pip-audit>=2.9"
+	@$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock $(ARGS)
 
 notebooks: install
 	@test -x $(BIN)/jupyter-lab || $(BIN)/python -m pip install --quiet -e ".[notebooks]"

@@ -227,6 +227,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             state = dict(load_file(path))
+        elif _inflates(path):
+            raise ValueError("packed")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -236,7 +238,30 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise NetworkError(f"{path} holds no state dict; expected names with tensors.")
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in state.items():
+        if not _whole(value):
+            raise NetworkError(f"{path}: {key[:60]!r} is no plain tensor (sparse, quantized, or one value repeated); "
+                               "save it dense.")  # fmt: skip
+    try:
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    except NotImplementedError:
+        raise NetworkError(f"{path} holds numbers of a kind that do not become float32; convert it.") from None
+
+
+def _inflates(path: Path) -> bool:
+    """Whether a zip unpacks to more than its own size. torch stores without packing; a bomb does not."""
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return sum(entry.file_size for entry in file.infolist()) > path.stat().st_size
+
+
+def _whole(value: torch.Tensor) -> bool:
+    """Whether every value of a tensor is in memory of its own, so that a copy takes no more room than the file."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _by_order(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:

@@ -22,12 +22,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from freqkd_analysis.data.decode import FORMATS, PIXEL_CAP
 from freqkd_analysis.errors import FreqkdError, first
 
 MASK_CLASSES = 9
 """Label images hold 0 (unlabeled) to 8: MFNet and what descends from it."""
 REGIONS = ("dontcare", "don't care", "ignore", "ignored", "__ignore__")
 """Categories that mark regions to ignore for every class, in lower case."""
+CONTENT_CAP = 2**28
+"""Most bytes of one file, unpacked: a packed file may claim a thousand times its own size."""
 LEAST_PIXELS = 20
 """A part of a label image smaller than this gives no box: specks of the outline."""
 
@@ -79,12 +82,15 @@ class Coco:
 def read_bytes(path: Path) -> bytes:
     """The content of a file, unpacked when its name ends in .gz; AnnotationError when it cannot be read."""
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
+            content = handle.read(CONTENT_CAP + 1)
     except FileNotFoundError:
         raise AnnotationError(f"no annotation file {path}; check the path.") from None
     except (OSError, EOFError, zlib.error) as error:
         raise AnnotationError(f"{path} cannot be read ({type(error).__name__}); fetch it again.") from None
+    if len(content) > CONTENT_CAP:
+        raise AnnotationError(f"{path} holds more than {CONTENT_CAP >> 20} MiB of annotations; share it out.")
+    return content
 
 
 def read_text(path: Path) -> str:
@@ -123,7 +129,7 @@ def voc(path: Path) -> Marked:
     """VOC xml, corners or (KAIST's xml) x, y, w, h; w = xmax - xmin. Objects that are `difficult` are to ignore."""
     try:
         root = ElementTree.fromstring(read_bytes(path))
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two: encodings
         raise AnnotationError(f"{path} is no whole xml ({error}); fetch it again.") from None
     size = _size([root.findtext(f"size/{side}") for side in ("width", "height")], str(path))
     marks = []
@@ -144,7 +150,7 @@ def voc(path: Path) -> Marked:
 
 def yolo(path: Path, labels: Sequence[str], size: tuple[int, int]) -> Marked:
     """YOLO text, "class cx cy w h" as shares of `size` (width, height); classes are positions in `labels`."""
-    marks = []
+    marks, known = [], {str(number): label for number, label in enumerate(labels)}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         parts = line.split()
         if not parts:
@@ -152,25 +158,34 @@ def yolo(path: Path, labels: Sequence[str], size: tuple[int, int]) -> Marked:
         where = f"{path}, line {number}"
         if len(parts) < 5:
             raise AnnotationError(f"{where}: expected class cx cy w h, got {len(parts)} fields.")
-        if not parts[0].isdigit() or int(parts[0]) >= len(labels):
-            raise AnnotationError(f"{where}: class {parts[0]}, expected 0 to {len(labels) - 1} ({', '.join(labels)}).")
+        if parts[0] not in known:
+            raise AnnotationError(
+                f"{where}: class {one_line(parts[0])}, expected 0 to {len(labels) - 1} ({', '.join(labels)})."
+            )
         cx, cy, w, h = (v * side for v, side in zip(_numbers(parts[1:5], where), size * 2, strict=True))
-        marks.append(Mark(labels[int(parts[0])], cx - w / 2, cy - h / 2, w, h))
+        marks.append(Mark(known[parts[0]], cx - w / 2, cy - h / 2, w, h))
     return Marked(marks, size)
 
 
 def table(path: Path) -> dict[str, Marked]:
     """A csv with the columns frame, label, x, y, w, h, occlusion: marks by frame, of frames that have a row."""
     reader = csv.DictReader(io.StringIO(read_text(path)))
-    absent = [name for name in ("frame", "label", *"xywh", "occlusion") if name not in (reader.fieldnames or ())]
+    try:
+        names = reader.fieldnames or ()
+    except csv.Error as error:
+        raise AnnotationError(f"{path}, line 1: no row of a csv table ({error}).") from None
+    absent = [name for name in ("frame", "label", *"xywh", "occlusion") if name not in names]
     if absent:
         raise AnnotationError(f"{path}: expected the columns frame, label, x, y, w, h, occlusion; {absent[0]} lacks.")
     found: dict[str, Marked] = {}
-    for number, row in enumerate(reader, start=2):
-        where = f"{path}, line {number}"
-        box = _numbers([row[name] or "" for name in "xywh"], where)
-        mark = Mark(row["label"], *box, _occlusion(row["occlusion"] or "", where))
-        found.setdefault(row["frame"], Marked([])).marks.append(mark)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            box = _numbers([row[name] or "" for name in "xywh"], where)
+            mark = Mark(row["label"], *box, _occlusion(row["occlusion"] or "", where))
+            found.setdefault(row["frame"], Marked([])).marks.append(mark)
+    except csv.Error as error:
+        raise AnnotationError(f"{path}, line {reader.line_num}: no row of a csv table ({error}).") from None
     return found
 
 
@@ -187,9 +202,9 @@ def coco(path: Path) -> Coco:
         labels = {str(row["id"]): str(row["name"]) for row in sorted(categories, key=lambda row: row["id"])}
         keys = ("file_name", "filename", "im_name")
         named = [(str(row["id"]), str(next(row[key] for key in keys if key in row)), row) for row in images]
-    except (ValueError, KeyError, TypeError, StopIteration, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, StopIteration, AttributeError, RecursionError) as error:
         raise AnnotationError(
-            f"{path} is no COCO json ({type(error).__name__}: {str(error)[:60]}); expected images, annotations and "
+            f"{path} is no COCO json ({type(error).__name__}: {one_line(error)}); expected images, annotations and "
             "categories, with ids and file names."
         ) from None
     marks: dict[str, list[Mark]] = {number: [] for number, _, _ in named}
@@ -197,7 +212,9 @@ def coco(path: Path) -> Coco:
         raise AnnotationError(f"{path}: {len(named) - len(marks)} image ids occur more than once; make them unique.")
     for number, row in enumerate(rows):
         _add(marks, labels, row, f"{path}, annotation {number}")
-    found = [_coco_image(number, name, row, marks[number], f"{path}, image {name}") for number, name, row in named]
+    found = [
+        _coco_image(number, name, row, marks[number], f"{path}, image {one_line(name)}") for number, name, row in named
+    ]
     return Coco(tuple(found), tuple(labels.values()))
 
 
@@ -207,12 +224,14 @@ def _add(marks: dict[str, list[Mark]], labels: Mapping[str, str], row: Any, wher
     except (KeyError, TypeError):
         raise AnnotationError(f"{where}: expected image_id, category_id and bbox.") from None
     if image not in marks:
-        raise AnnotationError(f"{where}: image_id {image} is none of the {len(marks)} images of the file.")
+        raise AnnotationError(f"{where}: image_id {one_line(image)} is none of the {len(marks)} images of the file.")
     if category not in labels:
-        known = first((f"{key} {name}" for key, name in labels.items()), 6)
-        raise AnnotationError(f"{where}: category_id {category} is none of the categories of the file ({known}).")
+        known = first((one_line(f"{key} {name}") for key, name in labels.items()), 6)
+        raise AnnotationError(
+            f"{where}: category_id {one_line(category)} is none of the categories of the file ({known})."
+        )
     if not isinstance(box, list) or len(box) != 4:
-        raise AnnotationError(f"{where}: expected bbox [x, y, w, h], got {str(box)[:60]} (5 are a turned box).")
+        raise AnnotationError(f"{where}: expected bbox [x, y, w, h], got {one_line(box)} (5 are a turned box).")
     ignore = bool(row.get("iscrowd", 0)) or bool(row.get("ignore", 0))
     occlusion = _occlusion(str(row.get("occlusion") or 0), where)
     marks[image].append(Mark(labels[category], *_numbers(box, where), occlusion, ignore))
@@ -260,7 +279,9 @@ def read_mask(path: Path) -> np.ndarray:
     if not path.is_file():
         raise AnnotationError(f"no label image {path}; check the path.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > PIXEL_CAP:
+                raise ValueError(f"{image.width}x{image.height} pixels")
             labels = np.asarray(image)
     except Exception as error:
         raise AnnotationError(f"{path} cannot be read as a label image ({type(error).__name__}); replace it.") from None
@@ -311,7 +332,7 @@ def image_size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except Exception as error:
         raise AnnotationError(f"{path} cannot be read as an image ({type(error).__name__}); replace it.") from None
@@ -320,8 +341,8 @@ def image_size(path: Path) -> tuple[int, int]:
 def _numbers(parts: Sequence[Any], where: str) -> tuple[float, float, float, float]:
     try:
         x, y, w, h = (float(part) for part in parts)
-    except (TypeError, ValueError):
-        raise AnnotationError(f"{where}: expected four numbers, got {str(list(parts))[:60]}.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise AnnotationError(f"{where}: expected four numbers, got {one_line(list(parts))}.") from None
     if not all(map(math.isfinite, (x, y, w, h))):
         raise AnnotationError(f"{where}: the box {x:g}, {y:g}, {w:g}, {h:g} is not finite.")
     return x, y, w, h
@@ -331,12 +352,24 @@ def _size(sides: Sequence[Any], where: str) -> tuple[int, int] | None:
     """Width and height as a file tells them; None where it tells none or 0."""
     try:
         width, height = (int(float(side or 0)) for side in sides)
+        if max(abs(width), abs(height)) >= 2**31:
+            raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise AnnotationError(f"{where}: expected a width and height in px, got {str(list(sides))[:60]}.") from None
+        raise AnnotationError(f"{where}: expected a width and height in px, got {one_line(list(sides))}.") from None
     return (width, height) if width and height else None
 
 
 def _occlusion(text: str, where: str) -> int:
     if text.strip() not in ("0", "1", "2"):
-        raise AnnotationError(f"{where}: occlusion {text[:20]}, expected 0 (none), 1 (partial) or 2 (heavy).")
+        raise AnnotationError(f"{where}: occlusion {one_line(text)}, expected 0 (none), 1 (partial) or 2 (heavy).")
     return int(text)
+
+
+def one_line(value: Any) -> str:
+    """A value out of somebody's file as a short piece of a one-line message.
+
+    Example:
+        >>> one_line("two\\nlines")
+        'two lines'
+    """
+    return " ".join(str(value).split())[:60]

@@ -122,7 +122,7 @@ def load(path: Path) -> State:
     try:
         note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         size, wanted = int(note["size"]), str(note["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path.name} has no readable digest beside it") from None
     there = path.stat().st_size
     if there != size:
@@ -134,6 +134,8 @@ def load(path: Path) -> State:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whole, but not what `save` writes
         raise CheckpointError(f"{path.name} is no checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path.name} is no checkpoint (it holds a {type(state).__name__})")
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path.name} has version {state.get('version')}, expected {VERSION}")
     return state

@@ -282,7 +282,7 @@ def tree(path: Path) -> dict[str, Any]:
         raise ConfigError(f"no settings file {path}; expected YAML such as a run's config.yaml.")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, lists thousands deep
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         raise ConfigError(f"{path} is no YAML{'' if line is None else f' (line {line + 1})'}.") from None
     if not isinstance(found, dict):

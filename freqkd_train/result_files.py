@@ -19,6 +19,7 @@ import numpy as np
 from freqkd_analysis.errors import FreqkdError, first, nearest
 from freqkd_analysis.provenance import sha256_file, sha256_lines
 from freqkd_train import annotation_files
+from freqkd_train.annotation_files import one_line
 from freqkd_train.metrics.boxes import EVERY_CLASS, BoxError, Detections, Truth, make_detections, make_truth
 
 COLUMNS = "image,x,y,w,h,score"
@@ -165,15 +166,15 @@ def _image_of(where: str, cell: str, known: Mapping[str, int], annotations: Anno
     if not (annotations.kaist and _is_number(text)):
         if text not in known:
             raise ResultError(
-                f'{where}: image "{text}" is not in {annotations.name}, which has {len(annotations.ids)} images '
-                f"(ids such as {first(annotations.ids, 2)}).{nearest(text, known)}"
+                f'{where}: image "{one_line(text)}" is not in {annotations.name}, which has {len(annotations.ids)} '
+                f"images (ids such as {first(annotations.ids, 2)}).{nearest(one_line(text), known)}"
             )
         return known[text]
     value = float(text)
     number = annotations.ids.get(str(int(value) - 1)) if value.is_integer() else None
     if number is None:
         raise ResultError(
-            f"{where}: image {text}, expected a whole number from 1 to {len(annotations.ids)} "
+            f"{where}: image {one_line(text)}, expected a whole number from 1 to {len(annotations.ids)} "
             f"(the image's id in {annotations.name} plus 1)."
         )
     return number
@@ -183,7 +184,7 @@ def _raise_at_number(path: Path, numbered: list[tuple[int, str]]) -> None:
     for number, line in numbered:
         wrong = [cell for cell in line.split(",")[1:] if not _is_number(cell)]
         if wrong:
-            raise ResultError(f"{path} line {number}: {wrong[0]!r} is no number; expected {COLUMNS}.")
+            raise ResultError(f"{path} line {number}: {one_line(repr(wrong[0]))} is no number; expected {COLUMNS}.")
 
 
 def _from_json(path: Path, annotations: Annotations) -> Detections:
@@ -198,15 +199,15 @@ def _from_json(path: Path, annotations: Annotations) -> Detections:
         try:
             key, kind = str(entry["image_id"]), str(entry["category_id"])
             rows[k] = (*entry["bbox"], entry["score"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ResultError(
-                f"{path} entry {k}: expected image_id, category_id, bbox [x, y, w, h] and score, got {str(entry)[:80]}."
+                f"{path} entry {k}: expected image_id, category_id, bbox [x, y, w, h] and score, got {one_line(entry)}."
             ) from error
         if key not in annotations.ids:
-            raise ResultError(f'{path} entry {k}: image_id "{key}" is not in {annotations.name}.')
+            raise ResultError(f'{path} entry {k}: image_id "{one_line(key)}" is not in {annotations.name}.')
         if annotations.categories.get(kind, EVERY_CLASS) == EVERY_CLASS:
             raise ResultError(
-                f'{path} entry {k}: category_id "{kind}" is no class of {annotations.name}; known: '
+                f'{path} entry {k}: category_id "{one_line(kind)}" is no class of {annotations.name}; known: '
                 f"{first([c for c, number in annotations.categories.items() if number != EVERY_CLASS], 8)}."
             )
         image.append(annotations.ids[key])
@@ -254,3 +255,5 @@ def _json(path: Path) -> Any:
         return json.loads(annotation_files.read_text(path))
     except json.JSONDecodeError as error:
         raise ResultError(f"{path} line {error.lineno}: no json ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists thousands deep
+        raise ResultError(f"{path}: no json that can be read ({type(error).__name__}).") from error

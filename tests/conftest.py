@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,20 @@ def pytest_configure(config: pytest.Config) -> None:
     _guard_sockets()
 
 
+_ASKED: list[str] = []
+"""Hosts that were asked for since the test began, whatever became of the error."""
+
+
 def _guard_sockets() -> None:
     """Let a socket reach this machine alone; everything else fails at once and says so."""
     connect, connect_ex, resolve = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+    send, send_message, old_resolve = socket.socket.sendto, socket.socket.sendmsg, socket.gethostbyname
     local = ("localhost", "127.0.0.1", "::1", "", None)
 
     def check(host: Any) -> None:
         host = host.decode() if isinstance(host, bytes) else host
         if host not in local and not str(host).startswith("127."):
+            _ASKED.append(str(host))
             raise OSError(f"the tests run without a network, but something asked for {host}")
 
     def address_host(self: socket.socket, address: Any) -> Any:
@@ -66,13 +73,46 @@ def _guard_sockets() -> None:
         check(address_host(self, address))
         return connect_ex(self, address)
 
+    def guarded_send(self: socket.socket, data: Any, *flags_address: Any) -> int:
+        check(address_host(self, flags_address[-1]))
+        return send(self, data, *flags_address)
+
+    def guarded_send_message(self: socket.socket, buffers: Any, ancillary: Any = (), flags: int = 0,
+                             address: Any = None) -> int:  # fmt: skip
+        if address is None:
+            return send_message(self, buffers, ancillary, flags)
+        check(address_host(self, address))
+        return send_message(self, buffers, ancillary, flags, address)
+
+    def guarded_old_resolve(host: str) -> str:
+        check(host if host != socket.gethostname() else "localhost")
+        return old_resolve(host)
+
     def guarded_resolve(host: Any, *arguments: Any, **options: Any) -> Any:
         check(host if host != socket.gethostname() else "localhost")
         return resolve(host, *arguments, **options)
 
     socket.socket.connect = guarded_connect  # type: ignore[method-assign]
     socket.socket.connect_ex = guarded_connect_ex  # type: ignore[method-assign]
-    socket.getaddrinfo = guarded_resolve
+    socket.socket.sendto = guarded_send  # type: ignore[method-assign]
+    socket.socket.sendmsg = guarded_send_message  # type: ignore[method-assign]
+    socket.getaddrinfo, socket.gethostbyname = guarded_resolve, guarded_old_resolve
+
+
+@pytest.fixture
+def network_asked() -> Iterator[list[str]]:
+    """The hosts that this test has asked for. Who takes it does so on purpose; any other test fails for it."""
+    yield _ASKED
+    _ASKED.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_network() -> Iterator[None]:
+    """Fails a test that asked for a host, even where the code under test took the error for an answer."""
+    _ASKED.clear()
+    yield
+    if _ASKED:
+        pytest.fail(f"asked the network for {', '.join(sorted(set(_ASKED)))}; tests run without one", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

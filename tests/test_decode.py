@@ -241,8 +241,9 @@ def test_a_decompression_bomb_is_refused_before_decoding(tmp_path, side, monkeyp
     one_line(error, bomb)
 
 
-def test_large_but_permitted_images_raise_no_warning(tmp_path, recwarn):
-    """90 MP lies above Pillow's warning and below the cap of 100 MP."""
+def test_large_but_permitted_images_raise_no_warning(tmp_path, recwarn, monkeypatch):
+    """90 MP lies above Pillow's warning and below a cap of 100 MP."""
+    monkeypatch.setattr(decode, "PIXEL_CAP", 100_000_000)
     path = write_png(tmp_path / "large.png", np.zeros((1, 1), np.uint8), colour_type=0, size=(9_600, 9_600))
     assert decode.bit_depth(path) == 8
     assert not recwarn.list

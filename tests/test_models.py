@@ -32,7 +32,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def no_network(monkeypatch) -> None:
+def no_network(monkeypatch, network_asked) -> None:
     """Offline by sockets, not by setting: what the default does on a machine without a network."""
     from huggingface_hub import constants
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import urllib.request
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 
-def test_nothing_outside_this_machine_is_reached() -> None:
+def test_nothing_outside_this_machine_is_reached(network_asked: list[str]) -> None:
     with pytest.raises(OSError, match="without a network"):
         socket.create_connection(("192.0.2.1", 80), timeout=1)
     with pytest.raises(OSError, match="without a network"):
@@ -22,6 +23,27 @@ def test_nothing_outside_this_machine_is_reached() -> None:
         urllib.request.urlopen("http://example.org", timeout=1)
     with socket.socket() as plain, pytest.raises(OSError, match="without a network"):
         plain.connect_ex(("192.0.2.1", 80))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+        for ask in (lambda: plain.sendto(b"x", ("192.0.2.1", 53)), lambda: plain.sendto(b"x", 0, ("192.0.2.1", 53)),
+                    lambda: plain.sendmsg([b"x"], [], 0, ("192.0.2.1", 53))):  # fmt: skip
+            with pytest.raises(OSError, match="without a network"):
+                ask()
+    with pytest.raises(OSError, match="without a network"):
+        socket.gethostbyname("example.org")
+    assert set(network_asked) == {"192.0.2.1", "example.org"}
+
+
+def test_an_error_that_was_swallowed_fails_the_test(tmp_path: Path, root: Path) -> None:
+    """Code that takes "no network" for an answer would otherwise hide that it asked."""
+    (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_asks.py").write_text("import urllib.request\n\ndef test_asks():\n    try:\n"
+                                           "        urllib.request.urlopen('http://example.org')\n"
+                                           "    except OSError:\n        pass\n\n"
+                                           "def test_asks_nothing(): pass\n")  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "asked the network for example.org" in done.stdout
+    assert "2 passed, 1 error" in done.stdout
 
 
 def test_this_machine_is_reached() -> None:

@@ -24,8 +24,8 @@ from freqkd_analysis.errors import DataError, nearest
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"))
-PIXEL_CAP = 100_000_000
-"""Most pixels of one image; a file that claims more is refused before it is decoded."""
+PIXEL_CAP = 25_000_000
+"""Most pixels of one image; a file that claims more is refused before it is decoded. In float32 so many are 300 MB."""
 
 UNIT = "unit:255"
 CONVERSIONS = ("dataset", "image", "range:LO:HI")
@@ -259,8 +259,12 @@ def _as_counts(pixels: np.ndarray, path: Path) -> np.ndarray:
 
 def _is_grey(colour: np.ndarray) -> bool:
     spread = _GREY_SPREAD * (257 if colour.dtype == np.uint16 else 1)
-    channels = [colour[..., i].astype(np.int32) for i in range(colour.shape[2])]
-    return all(int(np.abs(channel - channels[0]).max()) <= spread for channel in channels[1:])
+    # A few rows at a time: a copy of all in 32 bits would be the most memory that reading an image takes.
+    for rows in np.array_split(colour, max(1, colour.shape[0] // 64)):
+        wide = rows.astype(np.int32)
+        if np.abs(wide - wide[..., :1]).max() > spread:
+            return False
+    return True
 
 
 def _percentiles(counts: np.ndarray) -> tuple[int, int]:
