@@ -3,21 +3,24 @@
     python study/collect.py runs/vit runs/lite0 ...
 
 Each results/NAME can be read as a run folder (`freqkd_analysis.runfolder.read_run`). Beside the run's own tables, cut
-to the primary measure where other ones say nothing more, it holds `profile.csv`: divergence by layer and frequency ring
-of the primary condition, of unrelated scenes, and of both before the mean map was removed.
+to the primary measure where other ones say nothing more, it holds
+`profile.csv`  divergence by layer and frequency ring of the primary condition and of unrelated scenes, with and without
+               the mean map
+`floors.csv`   divergence by layer and band of a shift and of noise alone, as the verdict takes them (without the mean map)
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from outputs import RESULTS, main, write_json, write_manifest, write_table
 
-from freqkd_analysis.divergence import DIVERGENCES
+from freqkd_analysis import calibration, schema, statistics
+from freqkd_analysis.divergence import DIVERGENCES, band_table, cube
 from freqkd_analysis.figures import FIGURES, Absent
 from freqkd_analysis.runfolder import CEILINGS, Run, read_run
 from freqkd_analysis.schema import PRIMARY_CONDITIONS, PRIMARY_MEASURE
@@ -43,6 +46,9 @@ def collect(folder: Path, out: Path = RESULTS) -> Path:
     profile = _profile(run)
     if not profile.empty:
         write_table(profile, target / "profile.csv")
+    floors = _floors(run) if not again else pd.DataFrame()
+    if not floors.empty:
+        write_table(floors, target / "floors.csv")
     write_json(run.verdict, target / "verdict.json")
     write_json(run.weights, target / "band_weights.json", runs=[target.name, str(run.get("derived_from"))])
     write_manifest(_manifest(run, target.name), target, runs=[target.name, str(run.get("derived_from"))])
@@ -68,6 +74,34 @@ def _profile(run: Run) -> pd.DataFrame:
             parts.append(drawing.table.assign(condition=condition))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return table[["condition", *table.columns.drop("condition")]] if parts else table
+
+
+def _floors(run: Run) -> pd.DataFrame:
+    """condition, layer, band, mean, n: `calibration.map_free` controls; `registration` is the measured shift."""
+    if not (run.folder / "spectra.parquet").is_file():
+        return pd.DataFrame()
+    stored = list(schema.parts(run.folder / "spectra.parquet"))
+    names = [set(part["condition"]) for part in stored]
+    kept = [p for p, has in zip(stored, names, strict=True) if has & {"noise", "mean_removed"} or _shifted(has)]
+    free = calibration.map_free(pd.concat(kept, ignore_index=True)) if kept else pd.DataFrame()
+    if free.empty:
+        return free
+    got = cube(band_table(free, run.get("taps"), str(run.get("config", "bands")), [PRIMARY_MEASURE]))
+    means = {c: statistics.mean_over_pairs(got.of(c, PRIMARY_MEASURE)) for c in got.values}
+    counts = {c: len(got.pairs[c]) for c in got.values}
+    curve, px = calibration.shifts(list(means), "mean_removed_"), run.get("data", "registration_px")
+    if curve and px is not None and px <= curve[-1][0]:
+        pixels, stack = np.array([d for d, _ in curve]), np.stack([means[c].ravel() for _, c in curve])
+        means["registration"] = calibration.divergence_at(px, pixels, stack).reshape(means[curve[0][1]].shape)
+        counts["registration"] = counts[curve[0][1]]
+    return pd.DataFrame([
+        {"condition": c, "layer": layer, "band": band, "mean": mean[i, k], "n": counts[c]}
+        for c, mean in means.items() for i, layer in enumerate(got.layers) for k, band in enumerate(got.bands)
+    ])  # fmt: skip
+
+
+def _shifted(names: set[str]) -> bool:
+    return any(name.startswith("shifted:") for name in names)
 
 
 def _manifest(run: Run, name: str) -> dict[str, Any]:
