@@ -45,8 +45,18 @@ def panels(ax: Axes, layout: str, **shared: bool) -> list[Axes]:
     return [made[letter] for letter in sorted(made)]
 
 
+def log_ticks(ax: Axes, axis: str) -> None:
+    """Plain numbers on a log axis, `x` or `y`, more of them where it spans less; its limits stay."""
+    low, high = getattr(ax, f"get_{axis}lim")()
+    steps = (1, 1.2, 1.5, 2, 3, 5) if high < 5 * low else (1, 2, 5) if high < 200 * low else (1,)
+    ticks = [t for t in (step * 10.0**e for e in range(-6, 5) for step in steps) if low <= t <= high]
+    getattr(ax, f"set_{axis}ticks")(ticks, [f"{t:g}" for t in ticks])
+    getattr(ax, f"set_{axis}ticks")([], minor=True)
+    getattr(ax, f"set_{axis}lim")(low, high)
+
+
 def ratio_rows(table: pd.DataFrame, ax: Axes, label: str) -> None:
-    """High over low on a log axis, one line a `row`, one colour and marker a `series`; rules at 1 and at 2.4.
+    """High over low on a log axis, one line a `row`, one colour and marker a `series`; lines at 1 and at 2.4.
 
     Args:
         table: row and series (in order of appearance), ratio, low, high.
@@ -65,11 +75,7 @@ def ratio_rows(table: pd.DataFrame, ax: Axes, label: str) -> None:
     for i in range(1, len(names), 2):
         ax.axhspan(i - 0.5, i + 0.5, color=plots.GRID, alpha=0.25, lw=0)
     ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ticks = [t * 10.0**e for e in range(-3, 4) for t in ((1, 2, 5) if high / low < 200 else (1,))]
-    ax.set_xticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
-    ax.set_xticks([], minor=True)
-    ax.set_xlim(low, high)
+    log_ticks(ax, "x")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(label)

@@ -25,8 +25,9 @@ for name, series in NETWORKS.items():
     row = place + part["condition"].map(lambda c, s=sizes: f" ({s[c]})")
     part = part.assign(row=row, series=series, low=part["ratio_ci_low"], high=part["ratio_ci_high"])
     parts.append(part[["condition", "row", "series", "ratio", "low", "high"]])
-table = pd.concat(parts, ignore_index=True).sort_values("condition", key=lambda c: c.map(condition_order), kind="stable")
+table = pd.concat(parts, ignore_index=True)
+table = table.sort_values("condition", key=lambda c: c.map(condition_order), kind="stable")
 
 title = "What else makes the high band diverge more, cosine\n(n pairs); mean over layers; bars 95 %"
-label = "divergence of high over low band (no unit; log axis)"
+label = "divergence, high / low band\n(no unit; log axis)"
 figure = publish("controls", table, lambda t, ax: ratio_rows(t, ax, label), title, 9.5)

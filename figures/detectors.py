@@ -13,9 +13,10 @@ folder = RESULTS / "detectors"
 curves, figures = (pd.read_csv(folder / f"{name}.csv") for name in ("curves", "figures"))
 rates = figures[figures["figure"] == "mr_all"].sort_values("value").set_index("detector")
 words = {name: f"{name} {row.value:.1f} % [{row.low:.1f}, {row.high:.1f}]" for name, row in rates.iterrows()}
-table = curves.assign(run=curves["detector"].map(words)).sort_values("run", key=lambda c: c.map(list(words.values()).index),
-                                                                     kind="stable")  # fmt: skip
+order = curves["detector"].map(list(words).index)
+table = curves.assign(run=curves["detector"].map(words), order=order).sort_values(["order", "fppi"])
 
 n = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["n"]
-title = f"KAIST test, Reasonable, n = {n} images in {int(rates['groups'].max())} videos\n[95 % over videos]; lower is better"
+videos = int(rates["groups"].max())
+title = f"KAIST test, Reasonable, n = {n} images in {videos} videos\n[95 % over videos]; lower is better"
 figure = publish("detectors", table, miss_rate_curves, title, 8.0)

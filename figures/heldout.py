@@ -15,7 +15,7 @@ BANDS = {"low": (plots.BLUE, "o", -0.14), "high": (plots.ORANGE, "s", 0.14)}
 table = pd.read_csv(RESULTS / "distilled" / "heldout.csv")
 table = table[(table["measure"] == "calibrated cosine") & table["band"].isin(BANDS)]
 table = table.assign(study=table["run"].str.rpartition("-")[0])
-table = table[table["study"].isin(STUDENTS) & (table["loss"] != "none")].sort_values(["study", "loss"])
+table = table[table["study"].isin(STUDENTS) & (table["loss"] != "none")]
 
 
 def draw(rows: pd.DataFrame, ax: Axes) -> None:
@@ -31,8 +31,7 @@ def draw(rows: pd.DataFrame, ax: Axes) -> None:
         one.set(title=words, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
         one.set_yticklabels([name.replace(", ", ",\n") for name in names])
         one.grid(axis="x")
-    for one in axes[2:]:
-        one.set_xlabel("change of divergence\n(below 0: closer)")
+        one.set_xlabel("change of divergence\n(below 0: closer)" if one in axes[2:] else "")
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), title="band", loc="outside lower center", ncols=2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from common import RESULTS, publish, ratio_rows
 
@@ -9,21 +10,21 @@ from freqkd_analysis.divergence import DIVERGENCES
 from freqkd_analysis.runfolder import read_run, rows
 
 NETWORKS = {"vit": "ViT-S/14", "lite0": "EfficientNet-Lite0", "mnv2": "MobileNetV2"}
-COLUMNS = {"raw": ["ratio", "ratio_ci_low", "ratio_ci_high"],
-           "calibrated": ["calibrated_ratio", "calibrated_ci_low", "calibrated_ci_high"]}  # fmt: skip
-WANTED = [("paired", measure, "raw", f"raw {measure}") for measure in DIVERGENCES] + [
-    ("mean_removed", "cosine", "raw", "cosine,\nmean map removed"), ("mean_removed", "cosine", "calibrated", "calibrated"),
+WANTED = [("paired", measure, "ratio", f"raw {measure}") for measure in DIVERGENCES] + [
+    ("mean_removed", "cosine", "ratio", "cosine,\nmean map removed"),
+    ("mean_removed", "cosine", "calibrated_ratio", "the same, calibrated"),
 ]  # fmt: skip
 
-parts = []
+records = []
 for name, series in NETWORKS.items():
     run = read_run(RESULTS / name)
-    for condition, measure, kind, row in WANTED:
-        part = rows(run.ratio, condition=condition, measure=measure, layer="all")[COLUMNS[kind]]
-        parts.append(part.set_axis(["ratio", "low", "high"], axis=1).assign(series=series, row=row))
-table = pd.concat(parts, ignore_index=True)
+    for condition, measure, column, row in WANTED:
+        layers = rows(run.ratio, condition=condition, measure=measure)
+        values = layers.loc[layers["layer"] != "all", column]
+        records.append((row, series, np.exp(np.log(values).mean()), values.min(), values.max()))
+table = pd.DataFrame(records, columns=["row", "series", "ratio", "low", "high"])
 
 n, groups = run.get("data", "n"), run.get("data", "groups")
-label = "divergence of high over low band (no unit; log axis; 95 %)"
-title = f"The same features by every measure, mean over layers\nn = {n} pairs in {groups} groups"
+label = "divergence, high / low band (no unit; log axis)"
+title = f"The same features by every measure, geometric mean of layers\nn = {n} pairs in {groups} groups; bars: range over layers"
 figure = publish("measures", table, lambda t, ax: ratio_rows(t, ax, label), title, 8.0)

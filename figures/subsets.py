@@ -14,6 +14,6 @@ place = read["part"].str.replace(": ", ",\n") + " (" + read["n"].astype(str) + "
 columns = {"calibrated_ratio": "ratio", "calibrated_ratio_ci_low": "low", "calibrated_ratio_ci_high": "high"}
 table = read.assign(row=place, series=read["run"].map(NETWORKS)).rename(columns=columns)
 
-label = "calibrated divergence of high over low (no unit; log axis)"
+label = "calibrated divergence, high / low band\n(no unit; log axis)"
 title = "Calibrated ratio by part of the pairs (n pairs, groups)\nmean over layers; bars: 95 % over groups"
 figure = publish("subsets", table, lambda t, ax: ratio_rows(t, ax, label), title, 9.0)

@@ -4,9 +4,8 @@
 
 Each results/NAME can be read as a run folder (`freqkd_analysis.runfolder.read_run`). Beside the run's own tables, cut
 to the primary measure where other ones say nothing more, it holds
-`profile.csv`  divergence by layer and frequency ring of the primary condition and of unrelated scenes, with and without
-               the mean map
-`floors.csv`   divergence by layer and band of a shift and of noise alone, as the verdict takes them (without the mean map)
+`profile.csv`  divergence by layer and frequency ring of pairs and of unrelated scenes, with and without the mean map
+`floors.csv`   divergence by layer and band of a shift and of noise alone, as the verdict takes them (mean map removed)
 """
 
 from __future__ import annotations

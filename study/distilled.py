@@ -84,7 +84,8 @@ def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
         shares += more[1]
         arms.append(arm(name, made) | {
             "command": made["command"], "seed": made["config"]["seed"], "seconds": made["seconds"],
-            "commit": made["commit"], "steps": made["outcome"].get("steps"), "epochs": made["config"]["training"]["epochs"],
+            "commit": made["commit"], "steps": made["outcome"].get("steps"),
+            "epochs": made["config"]["training"]["epochs"],
             "sha256": {role: made[role]["sha256"] for role in ("teacher", "student")},
         })  # fmt: skip
     for rows, file in ((heldout, "heldout.csv"), (terms, "terms.csv"), (shares, "shares.csv")):

@@ -76,7 +76,7 @@ def anonymous(value: Any, runs: Sequence[str] = ()) -> Any:
 def _name(path: str, runs: Sequence[str]) -> str:
     data = os.environ.get(TEST_DATA, "").rstrip("/")
     if data and (path == data or path.startswith(data + "/")):
-        return f"${TEST_DATA}{path[len(data):]}"
+        return f"${TEST_DATA}{path[len(data) :]}"
     last = path.rsplit("/", 1)[1]
     return f"runs/{last}" if last in runs else last
 
