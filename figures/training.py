@@ -1,7 +1,5 @@
 """What a distillation learns by band: the terms of its loss by step, and each band's share of the gradient."""
 
-from __future__ import annotations
-
 import json
 
 import pandas as pd

@@ -41,6 +41,18 @@ def arm(name: str, made: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def command(made: dict[str, Any]) -> list[str]:
+    """The words of a run; the analysis that its weights came from under the name that it has in results/, if any."""
+    words = [str(word) for word in made["command"]]
+    source = Path(made["config"]["loss"]["weights_from"] or "none")
+    if (source / "manifest.json").is_file():
+        started_at = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["started"]
+        for path in sorted(RESULTS.glob("*/manifest.json")):
+            if json.loads(path.read_text(encoding="utf-8")).get("started") == started_at:
+                return [f"runs/{path.parent.name}" if word == str(source) else word for word in words]
+    return words
+
+
 def lines(folder: Path) -> Iterator[dict[str, Any]]:
     """What metrics.jsonl logged, in order; a run of no step has none."""
     path = folder / "metrics.jsonl"
@@ -83,7 +95,7 @@ def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
         terms += more[0]
         shares += more[1]
         arms.append(arm(name, made) | {
-            "command": made["command"], "seed": made["config"]["seed"], "seconds": made["seconds"],
+            "command": command(made), "seed": made["config"]["seed"], "seconds": made["seconds"],
             "commit": made["commit"], "steps": made["outcome"].get("steps"),
             "epochs": made["config"]["training"]["epochs"],
             "sha256": {role: made[role]["sha256"] for role in ("teacher", "student")},
@@ -95,7 +107,7 @@ def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
         "schema": 1, "data": made["data"], "network": {role: made[role] for role in ("teacher", "student")} | {
             "note": "of the last arm; `arms` names each one's"},
         "n": made["data"]["held"], "command": started("distilled.py", *(f"runs/{name}" for name in names)),
-        "seed": made["config"]["seed"], "seconds": math.fsum(one["seconds"] for one in arms),
+        "seed": made["config"]["seed"], "seconds": math.fsum(float(one["seconds"]) for one in arms),
         "commit": provenance.commit(), "size": made["config"]["data"]["size"], "arms": arms,
     }, out, names)  # fmt: skip
 
