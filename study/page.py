@@ -231,7 +231,11 @@ def studies() -> dict[str, tuple[list[str], list[dict[str, Any]]]]:
     made = json.loads((RESULTS / "distilled" / "manifest.json").read_text(encoding="utf-8"))["arms"]
     found: dict[str, tuple[list[str], list[dict[str, Any]]]] = {}
     for name in dict.fromkeys(one["run"].rpartition("-")[0] for one in made):
-        arms_ = [one | {"pieces": options(one["command"])} for one in made if one["run"].rpartition("-")[0] == name]
+        arms_ = [
+            one | {"pieces": [p for p in options(one["command"]) if not p.startswith("--out ")]}
+            for one in made
+            if one["run"].rpartition("-")[0] == name
+        ]
         shared = [piece for piece in arms_[0]["pieces"] if all(piece in one["pieces"] for one in arms_)]
         found[name] = shared, arms_
     return found
@@ -248,7 +252,7 @@ def arms() -> str:
     rows = []
     for pieces, arms_ in studies().values():
         for one in arms_:
-            own = [piece for piece in one["pieces"] if piece not in pieces and not piece.startswith("--out ")]
+            own = [piece for piece in one["pieces"] if piece not in pieces]
             rows.append([f"`{one['run']}`", f"`{' '.join(own)}`" if own else "", one["steps"], one["seed"],
                          f"{one['seconds'] / 60:.1f}", commit(one["commit"])])  # fmt: skip
     return markdown(["run", "options of its own", "steps", "seed", "minutes", "commit"], rows)
@@ -266,8 +270,9 @@ def detectors() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "account": account, "ratios": ratios, "floors": floors, "layers": layers, "subsets": subsets, "displacement": displacement,
-    "commands": commands, "heldout": heldout, "shared": shared, "arms": arms, "detectors": detectors,
+    "account": account, "ratios": ratios, "floors": floors, "layers": layers, "subsets": subsets,
+    "displacement": displacement, "commands": commands, "heldout": heldout, "shared": shared, "arms": arms,
+    "detectors": detectors,
 }  # fmt: skip
 
 
