@@ -25,6 +25,6 @@ for name, series in NETWORKS.items():
 table = pd.DataFrame(records, columns=["row", "series", "ratio", "low", "high"])
 
 n, groups = run.get("data", "n"), run.get("data", "groups")
-label = "divergence, high / low band (geometric mean; log axis)"
+label = "divergence, high / low band\n(no unit; geometric mean; log axis)"
 title = f"The same features by every measure, mean of layers\nn = {n} pairs in {groups} groups; bars: range of layers"
 figure = publish("measures", table, lambda t, ax: ratio_rows(t, ax, label), title, 8.0)

@@ -89,6 +89,8 @@ def parts(records: Sequence[PairRecord], shift: dict[str, float]) -> Iterator[tu
             cut = [(f"under {middle:g} px", small), (f"from {middle:g} px", set(area) - small)]
         for name, pairs in cut:
             yield kind, name, pairs
+    if len(shift) < len(THIRDS):
+        return  # a data set whose manifest tells no displacement
     ends = np.quantile(list(shift.values()), [1 / 3, 2 / 3])
     place = {name: int(np.searchsorted(ends, px, side="right")) for name, px in shift.items()}
     for number, third in enumerate(THIRDS):
@@ -188,7 +190,8 @@ def body(folders: list[str], out: Path = RESULTS / "subsets") -> None:
         for kind, part, pairs in parts(records, shift):
             tables[0].append({"run": name, "kind": kind, "part": part} | subset_row(whole, pairs, seed))
         sources = {r.id: str(r.meta.get("source", "")) for r in records}
-        tables[1].extend({"run": name} | row for row in regression(whole, shift, sources, seed))
+        if len(shift) >= len(THIRDS):
+            tables[1].extend({"run": name} | row for row in regression(whole, shift, sources, seed))
     for rows, file in zip(tables, ("subsets.csv", "registration.csv"), strict=True):
         write_table(pd.DataFrame(rows), out / file)
     write_manifest(derived(runs, "subsets.py"), out, list(runs))
