@@ -1,0 +1,40 @@
+"""What each loss changes on held-out pairs: low and high band, below 0 is closer to the teacher's RGB features."""
+
+from __future__ import annotations
+
+import pandas as pd
+from common import RESULTS, panels, publish
+from matplotlib.axes import Axes
+
+from freqkd_analysis import plots
+
+STUDENTS = {"vit": "ViT-S/14 to itself", "lite2lite0": "Lite2 to Lite0", "tf_efficientnet_lite0": "ViT to Lite0",
+            "mobilenetv2_100": "ViT to MobileNetV2"}  # fmt: skip
+BANDS = {"low": (plots.BLUE, "o", -0.14), "high": (plots.ORANGE, "s", 0.14)}
+
+table = pd.read_csv(RESULTS / "distilled" / "heldout.csv")
+table = table[(table["measure"] == "calibrated cosine") & table["band"].isin(BANDS)]
+table = table.assign(study=table["run"].str.rpartition("-")[0])
+table = table[table["study"].isin(STUDENTS) & (table["loss"] != "none")]
+
+
+def draw(rows: pd.DataFrame, ax: Axes) -> None:
+    axes = panels(ax, "AB;CD", sharey=True, sharex=True)
+    names = sorted(set(rows["loss"]), key=lambda name: ("shuffled" in name, name))
+    for one, (study, words) in zip(axes, STUDENTS.items(), strict=True):
+        for band, (colour, marker, move) in BANDS.items():
+            part = rows[(rows["study"] == study) & (rows["band"] == band)]
+            ends = [part["change"] - part["ci_low"], part["ci_high"] - part["change"]]
+            y = [names.index(name) + move for name in part["loss"]]
+            one.errorbar(part["change"], y, xerr=ends, fmt=marker, color=colour, ms=3, elinewidth=0.9, label=band)
+        one.axvline(0, color=plots.INK, lw=0.6)
+        one.set(title=words, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+        one.set_yticklabels([name.replace(", ", ",\n") for name in names])
+        one.grid(axis="x")
+        one.set_xlabel("change of divergence\n(below 0: closer)" if one in axes[2:] else "")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), title="band", loc="outside lower center", ncols=2)
+
+
+n, groups = int(table["n"].max()), int(table["groups"].max())
+title = f"Held-out change by loss, calibrated cosine; bars 95 %\nn = {n} pairs in {groups} groups, one seed, 3 epochs"
+figure = publish("heldout", table, draw, title, 10.0)

@@ -1,0 +1,199 @@
+"""From finished runs to results/: the same bytes twice, no folder of the machine, numbers against a known answer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_run import fake_run
+
+from freqkd_analysis.divergence import Cube
+from freqkd_analysis.errors import FreqkdError, RunError
+from freqkd_analysis.runfolder import read_run
+from freqkd_train.metrics.boxes import make_detections, make_truth
+from freqkd_train.score import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "page")
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[dict[str, ModuleType]]:
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(ROOT / "study"))
+    yield {name: importlib.import_module(name) for name in NAMES}
+    patch.undo()
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_is_collected_to_the_same_bytes_without_its_paths(study: dict[str, ModuleType], tmp_path: Path) -> None:
+    words = ["freqkd-analyze", "layers", "--data", "kit:/srv/me/pairs", "--out", "/srv/me/runs/first"]
+    run = fake_run(tmp_path / "vit", command=words)
+    made = study["collect"].collect(run, tmp_path / "results")
+    first = contents(made)
+    assert first == contents(study["collect"].collect(run, tmp_path / "results"))
+    assert first == contents(study["collect"].collect(run, tmp_path / "again"))
+    assert not [name for name, content in first.items() if b"/srv" in content or str(tmp_path).encode() in content]
+    manifest = json.loads(first["manifest.json"])
+    assert manifest["command"] == ["freqkd-analyze", "layers", "--data", "kit:pairs", "--out", "runs/vit"]
+    assert (manifest["n"], manifest["seed"]) == (40, 0)
+
+
+def test_what_is_collected_reads_as_a_run_with_the_same_answer(study: dict[str, ModuleType], tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "vit")
+    whole, small = read_run(run), read_run(study["collect"].collect(run, tmp_path / "results"))
+    for run_ in (small, whole):
+        assert (run_.condition, run_.measure, run_.ends) == ("mean_removed", "cosine", ("low", "high"))
+    assert small.verdict == whole.verdict and small.bands == whole.bands
+    keys = ["condition", "layer", "measure"]
+    both = small.ratio.merge(whole.ratio, on=keys, suffixes=("", "_whole"))
+    assert len(both) == len(small.ratio) and {"shifted:8", "pixels"} <= set(both["condition"])
+    np.testing.assert_allclose(both["ratio"], both["ratio_whole"], rtol=1e-5)
+
+
+def test_the_profile_names_each_condition_by_its_own_rows(study: dict[str, ModuleType], tmp_path: Path) -> None:
+    """paired, mean_removed and their ceilings differ in the made-up run by known levels: none may stand for another."""
+    made = study["collect"].collect(fake_run(tmp_path / "vit"), tmp_path / "results")
+    profile = pd.read_csv(made / "profile.csv").groupby("condition")["value"].mean()
+    assert list(profile.sort_values().index) == ["paired", "mean_removed", "shuffled", "mean_removed_shuffled"]
+
+
+def test_a_manifest_that_says_nothing_new_stays(study: dict[str, ModuleType], tmp_path: Path) -> None:
+    content = {"data": {}, "network": {}, "n": 1, "command": [], "seed": 0, "seconds": 1.5, "commit": "a"}
+    write = study["outputs"].write_manifest
+    write(content, tmp_path)
+    first = contents(tmp_path)
+    write(content | {"seconds": 9.0, "commit": "b"}, tmp_path)
+    assert contents(tmp_path) == first
+    write(content | {"n": 2, "seconds": 9.0}, tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["seconds"] == 9.0
+    with pytest.raises(AssertionError, match="lacks"):
+        write({"n": 1}, tmp_path)
+
+
+def test_paths_lose_their_machine(study: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREQKD_TEST_DATA", "/data/kit/")
+    given = ["kit:/data/kit/pairs", "/data/kitten/a", "a=/x/y/list.txt", "/x/vit", {"deep": "/x/lite0"}, "1/2", 0.5]
+    assert study["outputs"].anonymous(given, runs=["vit"]) == [
+        "kit:$FREQKD_TEST_DATA/pairs", "a", "a=list.txt", "runs/vit", {"deep": "lite0"}, "1/2", 0.5,
+    ]  # fmt: skip
+
+
+def made_cube(factor: float, sources: list[str], shift: np.ndarray, level: dict[str, float]) -> Cube:
+    """Pairs whose high / low is level(source) x factor^shift in both layers, before a ceiling of high 1 and low 0.8."""
+    names = tuple(f"p{i:03d}" for i in range(len(sources)))
+    groups = tuple(f"{source}-g{i % 13}" for i, source in enumerate(sources))
+    ratio = np.array([level[s] for s in sources]) * factor**shift
+    low = 0.5 + 0.2 * np.random.default_rng(0).random((len(names), 2))
+    own = np.stack([low, low * ratio[:, None]], axis=-1)
+    ceiling = np.broadcast_to([0.8, 1.0], own.shape)
+    values = {"mean_removed": own, "mean_removed_shuffled": ceiling, "paired": own, "shuffled": ceiling}
+    return Cube((0, 1), ("low", "high"), ("cosine",), dict.fromkeys(values, names), dict.fromkeys(values, groups),
+                {name: v[..., None] for name, v in values.items()})  # fmt: skip
+
+
+def test_the_regression_finds_a_known_factor_and_a_confounded_one(study: dict[str, ModuleType]) -> None:
+    """Sources of other ratio and other displacement look like an effect over all pairs; within them there is 2 %."""
+    sources = ["near"] * 60 + ["far"] * 60
+    shift = np.r_[np.linspace(0, 2, 60), np.linspace(3, 6, 60)]
+    whole = made_cube(1.02, sources, shift, {"near": 1.0, "far": 1.5})
+    px = dict(zip(whole.pairs["paired"], shift.tolist(), strict=True))
+    of = dict(zip(whole.pairs["paired"], sources, strict=True))
+    got = {row["quantity"]: row for row in study["subsets"].regression(whole, px, of, seed=0)}
+    assert got["factor a px within sources"]["value"] == pytest.approx(1.02, rel=1e-9)
+    assert got["factor a px"]["value"] > 1.1
+    d_PLK = whole.of("paired", "cosine")
+    slope = np.polyfit(shift, np.log(d_PLK[..., 1] / d_PLK[..., 0]).mean(axis=1), 1)[0]
+    assert got["factor a px"]["value"] == pytest.approx(np.exp(slope), rel=1e-9)
+    lines = [[np.polyfit(shift, d_PLK[:, layer, k], 1)[1] for k in (0, 1)] for layer in (0, 1)]
+    at_zero = np.mean([(high / 1.0) / (low / 0.8) for low, high in lines])
+    assert got["calibrated ratio at 0 px"]["value"] == pytest.approx(at_zero, rel=1e-9)
+    assert got["calibrated ratio at 0 px"]["ci_low"] < at_zero < got["calibrated ratio at 0 px"]["ci_high"]
+
+
+def test_a_part_of_the_pairs_is_answered_by_its_own_rows(study: dict[str, ModuleType]) -> None:
+    sources = ["near"] * 60 + ["far"] * 60
+    whole = made_cube(1.0, sources, np.zeros(120), {"near": 1.0, "far": 1.5})
+    names = whole.pairs["paired"]
+    for source, level in (("near", 1.0), ("far", 1.5)):
+        row = study["subsets"].subset_row(whole, {n for n, s in zip(names, sources, strict=True) if s == source}, 0)
+        assert (row["n"], row["groups"]) == (60, 13)
+        assert row["calibrated_ratio"] == pytest.approx(0.8 * level)
+        assert row["verdict"] == ("supports" if 0.8 * level > 1 else "against")
+    two = {n for n, g in zip(names, whole.groups["paired"], strict=True) if g in ("far-g0", "far-g1")}
+    assert study["subsets"].subset_row(whole, two, 0)["note"] == "2 groups make no interval"
+
+
+def distillation(folder: Path, name: str, **loss: Any) -> Path:
+    """The files of a finished distillation that the tables need."""
+    run = folder / name
+    run.mkdir(parents=True)
+    network = {"name": "net", "trained": True, "sha256": "ab"}
+    row = {"measure": "calibrated cosine", "band": "low", "before": 0.5, "after": 0.4, "change": -0.1, "ci_low": -0.2,
+           "ci_high": -0.05, "n": 4, "groups": 3}  # fmt: skip
+    (run / "manifest.json").write_text(json.dumps({
+        "command": ["freqkd-train", "distill", "--out", str(run)], "commit": "abc", "seconds": 2.0,
+        "config": {"seed": 0, "data": {"pairing": "paired", "size": [32, 32]}, "training": {"epochs": 1},
+                   "loss": {"name": "released", "weights_from": ""} | loss},
+        "teacher": network, "student": network, "data": {"held": 4, "train": 8}, "outcome": {"steps": 2},
+        "heldout": [row, row | {"band": "high"}],
+    }))  # fmt: skip
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "terms": {"a/low": 0.25, "b/low": 0.5, "a/high": 2.0}, "shares": {"a/low": 0.75, "b": 0.25}}\n'
+        '{"step": 1, "val/loss": 3.0}\n'
+    )
+    return run
+
+
+def test_distillations_become_three_tables(study: dict[str, ModuleType], tmp_path: Path) -> None:
+    run = distillation(tmp_path, "vit-released")
+    study["distilled"].body([str(run)], tmp_path / "out")
+    terms, shares = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("terms", "shares"))
+    assert terms[["band", "term"]].values.tolist() == [["low", 0.75], ["high", 2.0]]
+    assert shares[["tap", "band", "share"]].values.tolist() == [["a", "low", 0.75], ["b", "whole", 0.25]]
+    heldout = pd.read_csv(tmp_path / "out" / "heldout.csv")
+    assert heldout[["run", "loss", "band", "change"]].values.tolist() == [
+        ["vit-released", "released", "low", -0.1], ["vit-released", "released", "high", -0.1],
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["arms"][0]["command"][-1] == "runs/vit-released"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="no finished distillation"):
+        study["distilled"].body([str(tmp_path / "empty")])
+
+
+def test_a_curve_is_read_at_no_more_than_its_rate(study: dict[str, ModuleType]) -> None:
+    """Two images, two persons: found at 0.9, a false one at 0.8, found at 0.7; so 0.5 up to the rate 0.5, then 0."""
+    truth = make_truth(["a", "b"], classes=["person"], image=[0, 1], category=[0, 0], box=[[100, 100, 30, 80]] * 2)
+    found = make_detections(image=[0, 0, 1], category=[0, 0, 0], score=[0.9, 0.8, 0.7],
+                            box=[[100, 100, 30, 80], [400, 100, 30, 80], [100, 100, 30, 80]])  # fmt: skip
+    table = study["detectors"].curve(truth, Run("one", found))
+    assert set(table[table["fppi"] < 0.49]["miss_rate"]) == {0.5}
+    assert set(table[table["fppi"] > 0.51]["miss_rate"]) == {0.0}
+
+
+def test_the_page_is_what_the_results_say(study: dict[str, ModuleType]) -> None:
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table ") == len(study["page"].TABLES)
+    assert study["page"].filled(text) == text, "run `make study`, or python study/page.py RESULTS.md"
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("<!-- table ratio --> <!-- end ratio -->", 'no table "ratio"'), ("<!-- table ratios -->", "has no `<!-- end")],
+)
+def test_a_wrong_marker_is_told(study: dict[str, ModuleType], text: str, says: str) -> None:
+    with pytest.raises(FreqkdError, match=says):
+        study["page"].filled(text)
