@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the suite runs two processes side by side, and sums then do not depend on the machine.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: analyze test slow lint mutants lock audit notebooks install test-install clean
+.PHONY: analyze test slow lint mutants lock audit notebooks study figures install test-install clean
 .DEFAULT_GOAL := analyze
 
 analyze: install
@@ -39,6 +39,22 @@ lock: test-install
 audit: test-install
 	@$(BIN)/python -m pip install --quiet "pip-audit>=2.9"
 	@$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock $(ARGS)
+
+# Finished runs to tabulate; SUBSETS and DETECTORS need the data they were made on.
+RUNS ?= $(patsubst %/verdict.json,%,$(wildcard runs/*/verdict.json))
+DISTILLED ?= $(patsubst %/heldout/change.csv,%,$(wildcard runs/*/heldout/change.csv))
+SUBSETS ?=
+DETECTORS ?=
+
+study: install
+	@$(if $(RUNS),$(BIN)/python study/collect.py $(RUNS),:)
+	@$(if $(SUBSETS),$(BIN)/python study/subsets.py $(SUBSETS),:)
+	@$(if $(DISTILLED),$(BIN)/python study/distilled.py $(DISTILLED),:)
+	@$(if $(DETECTORS),$(BIN)/python study/detectors.py $(DETECTORS),:)
+	@$(BIN)/python study/page.py RESULTS.md
+
+figures: install
+	@for script in $(filter-out figures/common.py,$(wildcard figures/*.py)); do $(BIN)/python $$script || exit; done
 
 notebooks: install
 	@test -x $(BIN)/jupyter-lab || $(BIN)/python -m pip install --quiet -e ".[notebooks]"
