@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import api_pages
@@ -179,12 +179,19 @@ def recipes() -> str:
 
 
 def arms() -> str:
-    """The arms of a study and what each changes in the distillation."""
-    from freqkd_train import study
+    """The arms of a study: what each changes in its distillation and in its fine-tuning."""
+    from freqkd_train.arms import ARMS, STUDENTS
 
-    rows = [[code(name), ", ".join(f"`{key}={value}`" for key, value in changes.items()) or "the recipe as it stands"]
-            for name, changes in study.METHODS.items()]  # fmt: skip
-    return table(["Arm", "Settings of its distillation"], rows)
+    rows = []
+    for name, arm in ARMS.items():
+        tuned = [f"backbone of the finished `{arm.tuned}`"] if arm.tuned else []
+        rows.append([code(name), _settings(STUDENTS[arm.student]) or "the recipe as it stands",
+                     ", ".join([*tuned, *filter(None, [_settings(arm.changes)])])])  # fmt: skip
+    return table(["Arm", "Its distillation", "Its fine-tuning"], rows)
+
+
+def _settings(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}={value}`" for key, value in changes.items())
 
 
 def modules(package: str) -> str:
