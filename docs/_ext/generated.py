@@ -10,6 +10,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import api_pages
@@ -18,7 +19,11 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 PROGRAMS = {"freqkd-analyze": "freqkd_analysis.cli", "freqkd-train": "freqkd_train.cli"}
-_MARK = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.M)
+ROOT = Path(__file__).resolve().parents[2]
+_MARK = re.compile(r"^<!-- generated: (\S+)(?: (.+))? -->$", re.M)
+_PLACES = {"LOG.md": "log.md", "GLOSSARY.md": "glossary.md", "CHANGELOG.md": "changes.md",
+           "benchmarks/README.md": "benchmarks.md"}  # fmt: skip
+"""Where a paper of the project stands in the site."""
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -202,11 +207,36 @@ def modules(package: str) -> str:
     return table(["Module", "What it is for"], rows) + f"\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
 
 
+def paper(name: str) -> str:
+    """A paper from outside this folder, its links turned to the pages of the site."""
+    return _linked((ROOT / name).read_text(encoding="utf-8"))
+
+
+def log() -> str:
+    """The log of experiments; the parts of an entry become paragraphs."""
+    return re.sub(r"^(Idea|Change|Number|Verdict): +", r"\n**\1.** ", paper("LOG.md"), flags=re.M)
+
+
+def readme(heading: str) -> str:
+    """One section of the README without its heading."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", paper("README.md"), re.M | re.S)
+    if not found:
+        raise ExtensionError(f'README.md has no section "{heading}", which a page of the site shows.')
+    return found[1].strip()
+
+
+def _linked(text: str) -> str:
+    text = text.replace("](docs/", "](")
+    for path, page in _PLACES.items():
+        text = text.replace(f"]({path})", f"]({page})")
+    return text
+
+
 def _first(what: Any) -> str:
     return (inspect.getdoc(what) or "").split("\n\n")[0].replace("\n", " ")
 
 
 PARTS: dict[str, Callable[..., str]] = {
     "commands": command_line, "run-tables": run_tables, "layouts": layouts, "annotation-sets": annotation_sets,
-    "losses": losses, "recipes": recipes, "arms": arms, "modules": modules,
+    "losses": losses, "recipes": recipes, "arms": arms, "modules": modules, "paper": paper, "log": log, "readme": readme,
 }  # fmt: skip
