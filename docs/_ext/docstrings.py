@@ -121,7 +121,7 @@ def arguments(block: Sequence[str], names: Sequence[str]) -> list[str]:
     else:
         joined = " ".join(line.strip() for line in bare)
         known = "|".join(map(re.escape, names)) or r"(?!)"
-        whole = re.split(rf"(?<=[.,]) (?=(?:{known})(?:, \w+)*: )", joined)
+        whole = re.split(rf"(?<=\.) (?=(?:{known})(?:, \w+)*: )", joined)
     return [_argument(text) for text in whole]
 
 

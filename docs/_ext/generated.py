@@ -238,5 +238,6 @@ def _first(what: Any) -> str:
 
 PARTS: dict[str, Callable[..., str]] = {
     "commands": command_line, "run-tables": run_tables, "layouts": layouts, "annotation-sets": annotation_sets,
-    "losses": losses, "recipes": recipes, "arms": arms, "modules": modules, "paper": paper, "log": log, "readme": readme,
+    "losses": losses, "recipes": recipes, "arms": arms, "modules": modules, "paper": paper, "log": log,
+    "readme": readme,
 }  # fmt: skip
