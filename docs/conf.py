@@ -23,6 +23,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstring
 exclude_patterns = ["_build", "_ext"]
 
 myst_heading_anchors = 3
+smartquotes = False  # two hyphens must stay two: options are named in running text
 # Commands in the pages are run by the tests, not while the site is built: a build must not take minutes.
 nb_execution_mode = "off"
 
@@ -30,7 +31,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_class_signature = "separated"
+maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 

@@ -224,3 +224,5 @@ def test_docstrings_become_markup_that_says_the_same(extensions: None) -> None:
         "Sum of x\\_\\* over ``a``\\ s \\| b.", "", ":Raises: NoError ever.", "", ":Args:",
         "    - ``a``, ``b``: one ``c``.", "    - ``d``: two lines.", "", "::", "", "    y = x * 2", "",
     ]  # fmt: skip
+    assert docstrings.rewritten(["a: one. b: two."], ["a", "b"])[0] == ":Fields:"
+    assert docstrings.rewritten(["Note: one. b: two."], ["a", "b"])[0] == "Note: one. b: two."

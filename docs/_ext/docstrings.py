@@ -51,7 +51,9 @@ def rewritten(lines: Sequence[str], names: Sequence[str] = ()) -> list[str]:
     """
     out: list[str] = []
     for kind, block in blocks([line.rstrip() for line in lines]):
-        if kind == "text":
+        if kind == "text" and _lists(block[0], names):
+            out += section("Fields", block, names)
+        elif kind == "text":
             first, *rest = _INSIDE.split(" ".join(block))
             out += [marked(first), ""]
             for head, text in zip(rest[::2], rest[1::2], strict=True):
@@ -100,11 +102,17 @@ def blocks(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             yield "text", list(lines[start:at])
 
 
+def _lists(line: str, names: Sequence[str]) -> bool:
+    """Whether a paragraph runs through fields of a class: `kind: ... neck: ...`."""
+    found = re.match(r"(\w+(?:, \w+)*): ", line)
+    return found is not None and set(found[1].split(", ")) <= set(names)
+
+
 def section(head: str, block: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A section as a field; the arguments as a list in theirs."""
-    if head != "Args":
+    """A section as a field; arguments and the fields of a class as a list in theirs."""
+    if head not in ("Args", "Fields"):
         return [f":{head}: {marked(' '.join(line.strip() for line in block))}", ""]
-    return [":Args:", *(f"    - {text}" for text in arguments(block, names)), ""]
+    return [f":{head}:", *(f"    - {text}" for text in arguments(block, names)), ""]
 
 
 def arguments(block: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -115,7 +115,10 @@ def _parameter(one: Any) -> list[str]:
         shown = code(one.secondary_opts[0]) if one.secondary_opts and not value else "on" if value else "off"
     else:
         shown = code("" if value is None else str(value))
-    return [" ".join(map(code, names)), shown, plain(one.help or "")]
+    if is_option and one.metavar:
+        names.append(one.metavar)
+    again = " Repeatable." if getattr(one, "multiple", False) else ""
+    return [" ".join(map(code, names)), shown, plain(one.help or "") + again]
 
 
 def run_tables() -> str:
@@ -214,7 +217,8 @@ def paper(name: str) -> str:
 
 def log() -> str:
     """The log of experiments; the parts of an entry become paragraphs."""
-    return re.sub(r"^(Idea|Change|Number|Verdict): +", r"\n**\1.** ", paper("LOG.md"), flags=re.M)
+    joined = re.sub(r"\n {9,}", " ", paper("LOG.md"))
+    return re.sub(r"^(Idea|Change|Number|Verdict): +", r"\n**\1.** ", joined, flags=re.M)
 
 
 def readme(heading: str) -> str:
