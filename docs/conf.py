@@ -27,7 +27,7 @@ smartquotes = False  # two hyphens must stay two: options are named in running t
 # Commands in the pages are run by the tests, not while the site is built: a build must not take minutes.
 nb_execution_mode = "off"
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True, "no-value": True}
+autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

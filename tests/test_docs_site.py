@@ -117,7 +117,7 @@ def test_the_fences_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built with every warning an error, in a process that has no network to ask."""
+    """The site, built from nothing with every warning an error."""
     out = tmp_path_factory.mktemp("site")
     made = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-E", "-d", str(out / "doctrees"), "-b", "html", str(DOCS),

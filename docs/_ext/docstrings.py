@@ -12,9 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Source", "Letters", "Command", "Hours", "Expected", "Shapes")
+LONGEST_VALUE = 40
 _NAMES = "|".join(SECTIONS)
 _HEAD = re.compile(rf"({_NAMES}):(?: +(.*))?$")
 _INSIDE = re.compile(rf"(?<=[.)]) ({_NAMES}): ")
@@ -24,11 +27,22 @@ _BULLET = re.compile(r"[-*] ")
 def setup(app: Sphinx) -> dict[str, Any]:
     """Before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("doctree-read", _without_long_values)
     return {"parallel_read_safe": True}
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = rewritten(lines, parameters(obj))
+    # Napoleon takes what stands before a colon in the first line of a constant's docstring for its type.
+    first = [""] if what in ("attribute", "data") else []
+    lines[:] = first + rewritten(lines, parameters(obj))
+
+
+def _without_long_values(app: Sphinx, doctree: nodes.document) -> None:
+    """A constant's value is shown where it is short; a dictionary of functions says nothing."""
+    for node in list(doctree.findall(addnodes.desc_annotation)):
+        text = node.astext().strip()
+        if text.startswith("=") and len(text) > LONGEST_VALUE:
+            node.parent.remove(node)
 
 
 def parameters(obj: Any) -> tuple[str, ...]:
