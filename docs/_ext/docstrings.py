@@ -32,8 +32,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    # Napoleon takes what stands before a colon in the first line of a constant's docstring for its type.
-    first = [""] if what in ("attribute", "data") else []
+    # Napoleon takes a constant's first line up to a colon for its type; an empty comment is a first line without one.
+    first = ["..", ""] if what in ("attribute", "data") else []
     lines[:] = first + rewritten(lines, parameters(obj))
 
 
