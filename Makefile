@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the suite runs two processes side by side, and sums then do not depend on the machine.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: analyze test slow lint mutants lock audit notebooks study figures install test-install clean
+.PHONY: analyze test slow lint mutants lock audit notebooks study figures docs install test-install clean
 .DEFAULT_GOAL := analyze
 
 analyze: install
@@ -56,6 +56,11 @@ study: install
 figures: install
 	@for script in $(filter-out figures/common.py,$(wildcard figures/*.py)); do $(BIN)/python $$script || exit; done
 
+docs: install
+	@$(BIN)/python -m pip install -q -e ".[docs]"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W -n -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 notebooks: install
 	@test -x $(BIN)/jupyter-lab || $(BIN)/python -m pip install --quiet -e ".[notebooks]"
 	@$(BIN)/jupyter lab notebooks
@@ -67,4 +72,4 @@ test-install:
 	@$(PYTHON) tools/bootstrap.py test
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
