@@ -45,12 +45,14 @@ RUNS ?= $(patsubst %/verdict.json,%,$(wildcard runs/*/verdict.json))
 DISTILLED ?= $(patsubst %/heldout/change.csv,%,$(wildcard runs/*/heldout/change.csv))
 SUBSETS ?=
 DETECTORS ?=
+DOWNSTREAM ?= $(patsubst %/compare/compare.csv,%,$(wildcard runs/*/compare/compare.csv))
 
 study: install
 	@$(if $(RUNS),$(BIN)/python study/collect.py $(RUNS),:)
 	@$(if $(SUBSETS),$(BIN)/python study/subsets.py $(SUBSETS),:)
 	@$(if $(DISTILLED),$(BIN)/python study/distilled.py $(DISTILLED),:)
 	@$(if $(DETECTORS),$(BIN)/python study/detectors.py $(DETECTORS),:)
+	@$(if $(DOWNSTREAM),$(BIN)/python study/downstream.py $(DOWNSTREAM),:)
 	@$(BIN)/python study/page.py RESULTS.md
 
 figures: install

@@ -258,6 +258,41 @@ def arms() -> str:
     return markdown(["run", "options of its own", "steps", "seed", "minutes", "commit"], rows)
 
 
+def downstream() -> str:
+    """Methods on the test split of each downstream study."""
+    table = pd.read_csv(RESULTS / "downstream" / "methods.csv")
+    rows = []
+    for row in table.to_dict("records"):
+        gaps = [signed(row, f"to_{name}") if row["method"] != name else "" for name in ("none", "mse")]
+        rows.append([f"`{row['study']}`", row["metric"], row["method"], row["seeds"],
+                     f"{row['value']:.2f} [{row['low']:.1f}, {row['high']:.1f}]",
+                     "" if pd.isna(row["spread"]) else f"{row['spread']:.2f}", *gaps])  # fmt: skip
+    head = ["study", "metric, %", "method", "seeds", "mean", "spread of seeds", "to none", "to mse"]
+    return markdown(head, rows)
+
+
+def signed(row: dict[str, Any], name: str) -> str:
+    """A difference with its interval; bold where the interval leaves out 0."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    text = f"{row[name]:+.2f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def downstream_runs() -> str:
+    """How each downstream study was made."""
+    made = json.loads((RESULTS / "downstream" / "manifest.json").read_text(encoding="utf-8"))["studies"]
+    rows = []
+    for one in made:
+        head, size = one["head"], "x".join(map(str, one["size"]))
+        rows.append([f"`{one['study']}`", f"{one['data']}, {one['annotations']}", f"{one['train']} / {one['test']}",
+                     one["network"].split(".")[0], f"{head['kind']}, backbone {head['train']}", size, one["epochs"],
+                     ", ".join(map(str, one["seeds"])), f"{one['seconds'] / 60:.0f}", commit(one["commit"]),
+                     f"`{shlex.join(one['command'])}`"])  # fmt: skip
+    head_ = ["study", "data", "frames trained on / tested on", "network", "head", "size", "epochs", "seeds", "minutes",
+             "commit", "command"]  # fmt: skip
+    return markdown(head_, rows)
+
+
 def detectors() -> str:
     """Published KAIST detections scored here."""
     table = pd.read_csv(RESULTS / "detectors" / "figures.csv")
@@ -272,7 +307,7 @@ def detectors() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "account": account, "ratios": ratios, "floors": floors, "layers": layers, "subsets": subsets,
     "displacement": displacement, "commands": commands, "heldout": heldout, "shared": shared, "arms": arms,
-    "detectors": detectors,
+    "detectors": detectors, "downstream": downstream, "downstream_runs": downstream_runs,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from freqkd_train.metrics.boxes import make_detections, make_truth
 from freqkd_train.score import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "page")
+NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "downstream", "page")
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +197,51 @@ def test_the_page_is_what_the_results_say(study: dict[str, ModuleType]) -> None:
 def test_a_wrong_marker_is_told(study: dict[str, ModuleType], text: str, says: str) -> None:
     with pytest.raises(FreqkdError, match=says):
         study["page"].filled(text)
+
+
+def downstream_study(root: Path, task: str = "segment") -> Path:
+    """The files of a finished study of two methods and seeds, with figures that say whose they are."""
+    folder = root / "vit-x"
+    for n, method in enumerate(("none", "freqkd")):
+        for seed in (0, 1):
+            name = f"{method}-{seed}"
+            for part in ("finetune", "evaluate"):
+                (folder / part / name).mkdir(parents=True)
+            config = {"task": task, "seed": seed, "head": {"kind": "light", "train": "frozen"},
+                      "data": {"size": [48, 64]}, "training": {"epochs": 4}}  # fmt: skip
+            words = ["freqkd-train", "mfnet", "--students", str(root / "vit"), *("x" * seed)]
+            made = {"config": config, "command": words, "commit": "abc", "seconds": 1.5, "network": {"name": "vit"},
+                    "steps": 3, "train": {"frames": 9}}  # fmt: skip
+            (folder / "finetune" / name / "manifest.json").write_text(json.dumps(made))
+            figures = {"all": {"miou_8": 10 * n + seed, "miou_9": 20 * n + seed}}
+            card = {"data_set": "mfnet", "annotation_set": "masks", "frames": 7, "split": "val"}
+            found = {"task": task, "units": "percent", "method": method, "seed": seed, "figures": figures, "card": card}
+            (folder / "evaluate" / name / "metrics.json").write_text(json.dumps(found))
+    (folder / "distil_leak.json").write_text(json.dumps({"shared": 0}))
+    (folder / "compare").mkdir()
+    row = {"method": "freqkd", "metric": "miou_8", "seeds": 2, "value": 10.5, "low": 9.0, "high": 12.0, "spread": 0.7,
+           "to_none": 10.0, "to_none_low": 8.0, "to_none_high": 12.0, "to_mse": float("nan"),
+           "to_mse_low": float("nan"), "to_mse_high": float("nan"), "groups": 5}  # fmt: skip
+    pd.DataFrame([row]).to_csv(folder / "compare" / "compare.csv", index=False)
+    return folder
+
+
+def test_a_downstream_study_is_collected_with_each_seed(study: dict[str, ModuleType], tmp_path: Path) -> None:
+    folder = downstream_study(tmp_path)
+    study["downstream"].body([str(folder)], tmp_path / "results")
+    first = contents(tmp_path / "results")
+    study["downstream"].body([str(folder)], tmp_path / "results")
+    assert first == contents(tmp_path / "results")
+    assert not [name for name, content in first.items() if str(tmp_path).encode() in content]
+    table = pd.read_csv(tmp_path / "results" / "seeds.csv").set_index(["method", "seed", "metric"])["value"]
+    assert table["freqkd", 1, "miou_9"] == 21 and table["none", 1, "miou_8"] == 1 and len(table) == 8
+    made = json.loads(first["manifest.json"])["studies"][0]
+    assert (made["seconds"], made["test"], made["train"], made["seeds"]) == (6.0, 7, 9, [0, 1])
+    with pytest.raises(RunError, match="holds no finished fine-tuning"):
+        study["downstream"].body([str(tmp_path)], tmp_path / "other")
+
+
+def test_a_difference_is_bold_only_where_its_interval_leaves_out_0(study: dict[str, ModuleType]) -> None:
+    row = {"to_none": 1.0, "to_none_low": 0.1, "to_none_high": 2.0}
+    assert study["page"].signed(row, "to_none") == "**+1.00 [+0.1, +2.0]**"
+    assert study["page"].signed(row | {"to_none_low": -0.1}, "to_none") == "+1.00 [-0.1, +2.0]"
