@@ -29,8 +29,10 @@ SECONDS = 600
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 
 
-def execute(notebook: Any, folder: Path, parameters: str = "") -> Any:
+def execute(notebook: Any, folder: Path, parameters: str = "", seconds: int = SECONDS) -> Any:
     """Run a notebook in `folder`, with the source of its parameter cell replaced where `parameters` is given.
+
+    seconds: the longest that a cell may take.
 
     Raises: nbclient's CellExecutionError when a cell fails.
     """
@@ -39,7 +41,7 @@ def execute(notebook: Any, folder: Path, parameters: str = "") -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
     environment.pop("MPLBACKEND", None)  # the kernel shows figures by a backend of its own
     where = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, timeout=SECONDS, resources=where, coalesce_streams=True)
+    client = NotebookClient(notebook, timeout=seconds, resources=where, coalesce_streams=True)
     return client.execute(env=environment)
 
 
