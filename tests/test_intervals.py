@@ -153,6 +153,7 @@ def test_confusion_matrices_weigh_as_sums() -> None:
         assert value == pytest.approx(float(mean_iou((confusions * row[unit.index][:, None, None]).sum(0))))
 
 
+@pytest.mark.slow  # timed: a machine that is shared would fail it
 @pytest.mark.parametrize("groups", [16, 60])
 def test_two_thousand_draws_of_three_runs_take_seconds(groups: int) -> None:
     truth, found = made_up(0, n=2252, groups=groups, kinds=1)

@@ -131,6 +131,7 @@ def test_images_are_resampled_by_their_matrices(rng: np.random.Generator) -> Non
     np.testing.assert_allclose(figure(drawn), [miou.mean_iou(confusions[rows].sum(0)) for rows in images], rtol=1e-12)
 
 
+@pytest.mark.slow  # timed: a machine that is shared would fail it
 def test_full_size_images_are_counted_in_milliseconds(rng: np.random.Generator) -> None:
     truth, predicted = labels(rng, (480, 640)), labels(rng, (480, 640))
     clock = time.monotonic()

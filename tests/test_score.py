@@ -256,6 +256,7 @@ def test_figures_and_the_contact_sheet(kaist_json: Path, tmp_path: Path) -> None
         score_figures.contact_sheet(read.truth, found, lambda _: shades, tmp_path / "no.png", n=0)
 
 
+@pytest.mark.slow  # timed: a machine that is shared would fail it
 def test_2252_images_take_under_a_second(benchmarks: Path) -> None:
     folder = benchmarks / "kaist/published_results"
     read = read_annotations(folder / "KAIST_annotation.json")
