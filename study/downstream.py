@@ -58,8 +58,17 @@ def made(folder: Path) -> dict[str, Any]:
         "size": settings["data"]["size"], "epochs": settings["training"]["epochs"], "steps": head["steps"],
         "data": test["data_set"], "annotations": test["annotation_set"], "train": head["train"]["frames"],
         "test": test["frames"], "split": test["split"], "seeds": sorted({run["config"]["seed"] for run in runs}),
-        "leak": read(folder / "distil_leak.json"),
+        "leak": read(folder / "distil_leak.json"), "students": students(runs),
     }  # fmt: skip
+
+
+def students(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How each student was distilled, by the name of its folder, where that is still there."""
+    folders = {Path(run["config"].get("weights", "none")).parent for run in runs}
+    found = {folder.name: read(folder / "manifest.json") for folder in sorted(folders)
+             if (folder / "manifest.json").is_file()}  # fmt: skip
+    return {name: {"command": one["command"], "commit": one["commit"], "seconds": one["seconds"],
+                   "steps": one["outcome"]["steps"], "data": one["data"]} for name, one in found.items()}  # fmt: skip
 
 
 def body(folders: list[str], out: Path = RESULTS / "downstream") -> None:

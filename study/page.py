@@ -293,6 +293,17 @@ def downstream_runs() -> str:
     return markdown(head_, rows)
 
 
+def students() -> str:
+    """How the students of the downstream studies were distilled, a command a network and method, of the first seed."""
+    made = json.loads((RESULTS / "downstream" / "manifest.json").read_text(encoding="utf-8"))["studies"]
+    first_of = {(one["network"].split(".")[0], name): row for one in reversed(made)
+                for name, row in one["students"].items() if name.endswith("-0")}  # fmt: skip
+    rows = [[network_, f"`{name.removesuffix('-0')}`", row["data"]["train"], row["steps"], f"{row['seconds'] / 60:.1f}",
+             commit(row["commit"]), f"`{shlex.join(row['command'])}`"]
+            for (network_, name), row in sorted(first_of.items())]  # fmt: skip
+    return markdown(["network", "student", "pairs", "steps", "minutes", "commit", "command"], rows)
+
+
 def detectors() -> str:
     """Published KAIST detections scored here."""
     table = pd.read_csv(RESULTS / "detectors" / "figures.csv")
@@ -308,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "account": account, "ratios": ratios, "floors": floors, "layers": layers, "subsets": subsets,
     "displacement": displacement, "commands": commands, "heldout": heldout, "shared": shared, "arms": arms,
     "detectors": detectors, "downstream": downstream, "downstream_runs": downstream_runs,
+    "students": students,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ PROGRAMS = {"freqkd-analyze": "freqkd_analysis.cli", "freqkd-train": "freqkd_tra
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = re.compile(r"^<!-- generated: (\S+)(?: (.+))? -->$", re.M)
 _PLACES = {"LOG.md": "log.md", "GLOSSARY.md": "glossary.md", "CHANGELOG.md": "changes.md",
-           "benchmarks/README.md": "benchmarks.md"}  # fmt: skip
+           "RESULTS.md": "results.md", "benchmarks/README.md": "benchmarks.md"}  # fmt: skip
 """Where a paper of the project stands in the site."""
 
 
