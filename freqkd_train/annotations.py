@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from freqkd_analysis.errors import first, nearest
 from freqkd_train import annotation_files
 from freqkd_train.annotation_files import AnnotationError, Mark, digest, read_mask
 from freqkd_train.annotation_sets import SETS, Found
+from freqkd_train.downstream import Targets
 from freqkd_train.metrics.boxes import EVERY_CLASS, Truth, make_truth
 
 __all__ = ["ACTIONS", "EDGES", "MASK_LABELS", "AnnotationError", "Target", "digest", "load", "read_mask",
@@ -105,6 +106,12 @@ def load(spec: str, split: str, *, annotations: str = "", policy: str = "", edge
         raise AnnotationError(f"{spec}: the annotations are not those asked for: expected sha256 {content}, got "
                               f"{target.card['annotation_sha256'][:16]}; fetch them again, or drop the @.")  # fmt: skip
     return target
+
+
+def of_split(wanted: Targets, which: Literal["train", "test"]) -> Target:
+    """The training or the test images of a fine-tuning's settings. Raises: as `load`."""
+    sets = {"train": wanted.train_annotations, "test": wanted.test_annotations}
+    return load(wanted.spec, getattr(wanted, which), annotations=sets[which], policy=wanted.policy)
 
 
 def same_classes(train: Target, test: Target) -> None:

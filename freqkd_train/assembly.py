@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from freqkd_analysis import models, provenance, schema
+from freqkd_analysis import models, provenance
 from freqkd_analysis.conditions import Geometry
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import RunError
@@ -77,7 +77,7 @@ def loaded(run: Path, device: str) -> Built:
 
 def save(built: Built, run: Path) -> None:
     """The model's weights in its run folder, whole or not at all."""
-    _write({name: value.detach() for name, value in built.step.state_dict().items()}, run / WEIGHTS)
+    student.write(built.step.state_dict(), run / WEIGHTS)
 
 
 def save_backbone(run: Path, path: Path) -> str:
@@ -87,13 +87,8 @@ def save_backbone(run: Path, path: Path) -> str:
     """
     built = loaded(run, "cpu")
     whole = getattr(built.step, "detector", None) or built.step.segmenter
-    _write(student.plain(whole.backbone.network), path)  # type: ignore[arg-type,union-attr]
+    student.write(student.plain(whole.backbone.network), path)  # type: ignore[arg-type,union-attr]
     return built.settings.model
-
-
-def _write(state: student.State, path: Path) -> None:
-    with schema.atomic(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in state.items()}, temporary)
 
 
 def source(built: Built, target: annotated.Target, modality: str, with_rgb: bool = False) -> TargetSource:

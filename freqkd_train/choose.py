@@ -131,19 +131,19 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def show_comparison(table: pd.DataFrame, out: Path | None, as_json: bool, unlike: str = "") -> None:
-    """Method x metric on stdout, files on stderr; or all rows as JSON. unlike: in what the protocols differ."""
+def show_comparison(table: pd.DataFrame, out: Path | None, as_json: bool) -> None:
+    """Method x metric on stdout, files on stderr; or all rows as JSON."""
     from freqkd_analysis import terminal
     from freqkd_train import compare
 
     if as_json:
         print(json.dumps(plain(table.to_dict("records"))))
         return
-    if unlike:
-        print(f"Not evaluated alike:\n{unlike}\n")
+    if table.attrs["unlike"]:
+        print(f"Not evaluated alike:\n{table.attrs['unlike']}\n")
     head, *rows = compare.cells(table)
     terminal.show([dict(zip(head, row, strict=True)) for row in rows], False)
-    if table.attrs.get("note"):
+    if table.attrs["note"]:
         print(f"note: {table.attrs['note']}")
     if out is not None:
         terminal.say(str(out))
@@ -182,8 +182,7 @@ def draw_scored(annotations: Path, results: Sequence[Path], protocol: str, style
     from freqkd_train import result_files, score, score_figures
 
     read = result_files.read_annotations(annotations)
-    runs = [score.Run(name, result_files.read_results(path, read))
-            for name, path in zip(score.names(results), results, strict=True)]  # fmt: skip
+    runs = score.read_runs(results, read)
     drawn = score_figures.write_figures(read.truth, runs, score.protocol_of(read, protocol), curves, style)
     if draw and images is not None:
         picture = score_figures.pictures(read.truth.names, images)

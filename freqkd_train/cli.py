@@ -263,11 +263,10 @@ def compare(
     from freqkd_train import choose
     from freqkd_train import compare as comparison
 
-    unlike = comparison.differences(runs, force)
     table = comparison.compare(runs, force=force)
     if out is not None:
-        comparison.write(table, out, unlike)
-    choose.show_comparison(table, out, as_json, unlike)
+        comparison.write(table, out)
+    choose.show_comparison(table, out, as_json)
 
 
 @config_app.command("show")

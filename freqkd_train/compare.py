@@ -37,13 +37,15 @@ def compare(folders: Sequence[Path], draws: int = statistics.DRAWS, seed: int = 
     Args: folders: of evaluations. force: go on where their cards differ.
     Returns: method, metric, seeds, value (percent), low, high, spread (standard deviation over seeds), and for each
         reference `to_REF`, `to_REF_low`, `to_REF_high`: the method minus the reference. groups: resampled units.
-        attrs["note"]: what is to be said of the intervals, or empty.
-    Raises: RunError for folders without metrics.json or of other tasks, CardError for unlike cards (saying in what).
+        attrs["note"]: what is to be said of the intervals; attrs["unlike"]: in what cards and seeds differ, with force;
+        each may be empty.
+    Raises: RunError for folders that are no evaluations, of another task, twice the same, or (without force) of unlike
+        seeds; CardError for unlike cards without force (saying in what).
     """
     import pandas as pd
 
     runs = [_read(folder) for folder in folders]
-    differences(folders, force)
+    unlike = _unlike(runs, folders, force)
     methods = list(dict.fromkeys(str(run["method"]) for run in runs))
     figures, unit = _figures(runs, folders)
     weights = statistics.bootstrap_weights(len(unit), draws, seed)
@@ -67,7 +69,7 @@ def compare(folders: Sequence[Path], draws: int = statistics.DRAWS, seed: int = 
                 row |= {f"to_{reference}": at[0], f"to_{reference}_low": at[1], f"to_{reference}_high": at[2]}
             rows.append(row | {"groups": len(unit)})
     table = pd.DataFrame(rows)
-    table.attrs["note"] = unit.warning
+    table.attrs |= {"note": unit.warning, "unlike": unlike}
     return table
 
 
@@ -80,13 +82,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return provenance.read_object(path, shape, "expected what `freqkd-train evaluate` wrote; evaluate again.")
 
 
-def differences(folders: Sequence[Path], force: bool = False) -> str:
-    """In what the cards of evaluations differ from the first, for `compare` with force; empty where in nothing.
-
-    Raises: RunError for folders that are no evaluations, of another task, twice the same, or (without force) of unlike
-        seeds; CardError for unlike cards without force.
-    """
-    runs = [_read(folder) for folder in folders]
+def _unlike(runs: Sequence[dict[str, Any]], folders: Sequence[Path], force: bool) -> str:
+    """In what evaluations differ from the first; an error without force, and where they cannot be compared at all."""
     for run, folder in zip(runs, folders, strict=True):
         if run["task"] != runs[0]["task"]:
             raise RunError(f"{folders[0]} and {folder} are of two tasks: {runs[0]['task']} and {run['task']}.")
@@ -174,13 +171,13 @@ def _better(row: dict[str, Any], metric: str) -> bool:
     return bool(high < 0 if metric in LOWER else low > 0)
 
 
-def write(table: pd.DataFrame, out: Path, unlike: str = "") -> list[Path]:
-    """compare.csv, .md, .tex and the figure. unlike: in what the cards differ, told above the table."""
+def write(table: pd.DataFrame, out: Path) -> list[Path]:
+    """compare.csv, .md, .tex and the figure; in what the cards differ is told above the table."""
     from freqkd_analysis import figures
 
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "tex")]
+    note, unlike = table.attrs["note"], table.attrs["unlike"]
     told = f"Not evaluated alike:\n\n{unlike}\n\n" if unlike else ""
-    note = table.attrs.get("note", "")
     remarks = [*(f"not evaluated alike: {line}" for line in unlike.splitlines()), *([note] if note else [])]
     texts = (table.to_csv(index=False, lineterminator="\n"), told + markdown(table) + (f"\n{note}\n" if note else ""),
              "".join(f"% {line}\n" for line in remarks) + latex(table))  # fmt: skip

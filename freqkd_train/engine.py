@@ -33,6 +33,8 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 MAY_CHANGE = ("accumulate", "device", "checkpoint_every", "keep", "track", "cache_gb")
 """Settings that a resumed run may have otherwise: none of them changes a number."""
+MACHINE = ("data.workers", *(f"training.{key}" for key in MAY_CHANGE))
+"""The same as dotted keys of a whole run's settings."""
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from freqkd_train.annotations import Target
 from freqkd_train.metrics import miou
 from freqkd_train.metrics.card import Card
 
-Say = Callable[[str], None]
 METRICS, SHEET = "metrics.json", "detections.png"
 
 
@@ -36,15 +34,15 @@ def run(folder: Path, out: Path, *, spec: str = "", split: str = "", annotation_
     if segments and (draw or protocol):
         raise RunError(f"{folder} segments: --draw and --protocol are for boxes; leave them out.")
     protocol = score.checked(protocol)
-    wanted = built.settings.targets
-    target = annotated.load(spec or wanted.spec, split or wanted.test,
-                            annotations=annotation_set or wanted.test_annotations, policy=wanted.policy)  # fmt: skip
+    given = {"spec": spec, "test": split, "test_annotations": annotation_set}
+    wanted = built.settings.targets.model_copy(update={key: value for key, value in given.items() if value})
+    target = annotated.of_split(wanted, "test")
     if tuple(target.classes) != built.classes:
         raise RunError(f"the model of {folder} knows {', '.join(built.classes)}; {target.name} has "
                        f"{', '.join(target.classes)}.")  # fmt: skip
     head = {"run": str(folder), "method": built.settings.method, "seed": built.settings.seed,
-            "task": built.settings.task, "target": {"spec": spec or wanted.spec, "split": split or wanted.test,
-            "annotations": annotation_set or wanted.test_annotations, "policy": wanted.policy}}  # fmt: skip
+            "task": built.settings.task, "target": {"spec": wanted.spec, "split": wanted.test,
+            "annotations": wanted.test_annotations, "policy": wanted.policy}}  # fmt: skip
     if spec or split:
         head["leak"] = _leak(built, target, allow_leak)
     found = _segmented(built, target, out) if segments else _detected(
@@ -56,9 +54,8 @@ def run(folder: Path, out: Path, *, spec: str = "", split: str = "", annotation_
 
 def _leak(built: assembly.Built, target: Target, allow: bool) -> dict[str, Any]:
     """What other test images share with those of either stage of training."""
-    wanted, before = built.settings.targets, built.settings.stage1
-    trained = annotated.load(wanted.spec, wanted.train, annotations=wanted.train_annotations, policy=wanted.policy)
-    found = {"finetune": leaks.check(trained, target, allow)}
+    before = built.settings.stage1
+    found = {"finetune": leaks.check(annotated.of_split(built.settings.targets, "train"), target, allow)}
     if before.pairs:
         found["distil"] = leaks.of_pairs(before.pairs, before.exclude, target, allow)
     return found

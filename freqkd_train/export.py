@@ -26,10 +26,7 @@ ONNX_TOLERANCE = 1e-4
 
 def save(model: nn.Module, state: Mapping[str, Tensor], out: Path) -> None:
     """out/student.safetensors in timm's keys, and out/adapter when the student was trained by LoRA."""
-    from safetensors.torch import save_file
-
-    with schema.atomic(out / STUDENT) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+    students.write(state, out / STUDENT)
     if students.has_lora(model):
         students.save_adapter(model, out / ADAPTER)
 

@@ -29,7 +29,6 @@ from freqkd_train.metrics import coco, miou
 Say = Callable[[str], None]
 FIGURES = {"detect": "ap50", "segment": "miou_8"}
 """What an epoch is chosen by, a task."""
-FREE = ("data.workers", *(f"training.{key}" for key in engine.MAY_CHANGE))
 
 
 def targets(settings: Downstream, say: Say) -> tuple[Target, Target | None, Target, dict[str, Any]]:
@@ -38,8 +37,7 @@ def targets(settings: Downstream, say: Say) -> tuple[Target, Target | None, Targ
     Raises: AnnotationError, DataError, or a leak of frames or sequences into the test split.
     """
     wanted = settings.targets
-    every = annotated.load(wanted.spec, wanted.train, annotations=wanted.train_annotations, policy=wanted.policy)
-    test = annotated.load(wanted.spec, wanted.test, annotations=wanted.test_annotations, policy=wanted.policy)
+    every, test = annotated.of_split(wanted, "train"), annotated.of_split(wanted, "test")
     annotated.same_classes(every, test)
     if settings.modality == "rgb" or settings.teacher:
         _check_visible([*every.records, *test.records], wanted.spec)
@@ -66,7 +64,7 @@ def run(settings: Downstream, out: Path, resume: bool, say: Say, command: Sequen
     device = layers.device_of(settings.training.device)
     train, held, test, leak = targets(settings, say)
     built = assembly.build(settings, train.classes, device)
-    config.claim(out, settings, resume, FREE)
+    config.claim(out, settings, resume, engine.MACHINE)
     ours = assembly.source(built, train, settings.modality, bool(settings.teacher))
     judged, chosen_by = _chosen_by(settings, held, test)
     done = engine.fit(built.step, ours, settings.training.model_copy(update={"best": chosen_by}), settings.seed, out,

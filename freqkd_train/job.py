@@ -35,8 +35,6 @@ Say = Callable[[str], None]
 
 METRICS = ("val/loss",)
 """What is measured on held-out pairs at each epoch's end."""
-MACHINE = ("data.workers", *(f"training.{key}" for key in engine.MAY_CHANGE))
-"""Settings that a resumed run may have otherwise: they decide only time and room."""
 
 
 @dataclass
@@ -280,7 +278,7 @@ def run(config: Config, out: Path, resume: bool, say: Say, command: Sequence[str
         ready(job, say)
     check(job)
     if first:
-        settings_file.claim(out, job.config, resume, MACHINE)
+        settings_file.claim(out, job.config, resume, engine.MACHINE)
     store_teacher(job, say)
     outcome = train(job, out, resume, say)
     if not first:

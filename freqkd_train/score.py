@@ -63,7 +63,7 @@ def score(
     if not results:
         raise FreqkdError("no detections to score; give at least one --results FILE.")
     read = read_annotations(annotations)
-    runs = [Run(name, read_results(path, read)) for name, path in zip(names(results), results, strict=True)]
+    runs = read_runs(results, read)
     card = card_of(read, protocol, style)
     content = compared(read.truth, runs, card, protocol_of(read, protocol), style=style, draws=draws, seed=seed)
     if out is not None:
@@ -325,7 +325,12 @@ def checked(protocol: str) -> str:
     return protocol
 
 
-def names(results: Sequence[Path]) -> list[str]:
+def read_runs(results: Sequence[Path], read: Annotations) -> list[Run]:
+    """The detections of each file, under a name that tells them apart."""
+    return [Run(name, read_results(path, read)) for name, path in zip(_names(results), results, strict=True)]
+
+
+def _names(results: Sequence[Path]) -> list[str]:
     """What to call each file: its stem, or its path where two stems are alike."""
     stems = [path.name.removesuffix(".gz").rsplit(".", 1)[0] for path in results]
     return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, results, strict=True)]

@@ -173,19 +173,24 @@ def _merged_lora(model: nn.Module) -> State:
     return state
 
 
+def write(state: Mapping[str, Tensor], path: Path) -> None:
+    """A state as a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with schema.atomic(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary)
+
+
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """The LoRA adapters in peft's format, at full scale: `PeftModel.from_pretrained(timm_model, folder)` loads them."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"].to_dict()  # type: ignore[union-attr, index]
     told = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     schema.write_text(folder / "adapter_config.json", json.dumps(told, indent=1, default=_word))
-    state = {f"base_model.model.{name}": value.detach().cpu().contiguous()
-             for name, value in get_peft_model_state_dict(model).items()}  # fmt: skip
-    with schema.atomic(folder / "adapter_model.safetensors") as temporary:
-        save_file(state, temporary)
+    state = {f"base_model.model.{name}": value for name, value in get_peft_model_state_dict(model).items()}
+    write(state, folder / "adapter_model.safetensors")
 
 
 def _word(value: Any) -> Any:

@@ -20,7 +20,7 @@ from freqkd_analysis import layers, provenance, schema, shards, terminal
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import FreqkdError, RunError, first, nearest
 from freqkd_train import annotations as annotated_images
-from freqkd_train import arms, assembly, compare, config, evaluate, export, finetune, job, leaks
+from freqkd_train import arms, assembly, compare, config, engine, evaluate, export, finetune, job, leaks
 from freqkd_train.arms import ARMS, Study
 from freqkd_train.config import Config
 from freqkd_train.downstream import Downstream
@@ -82,17 +82,15 @@ def training_pairs(study: Study, spec: str, out: Path) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of stage: the file that says it can go on, empty where it cannot, and the one that ends it; settings that
-    change no number."""
+    """A kind of stage: the file that says it can go on, empty where it cannot, and the one that ends it."""
 
     begun: str
     ended: str
-    free: tuple[str, ...] = ()
 
 
 ANALYSE = Kind(f"{shards.FOLDER}/settings.json", "report.html")
-DISTIL = Kind("config.yaml", "manifest.json", job.MACHINE)
-FINETUNE = Kind("config.yaml", "manifest.json", finetune.FREE)
+DISTIL = Kind("config.yaml", "manifest.json")
+FINETUNE = Kind("config.yaml", "manifest.json")
 EVALUATE = Kind("", evaluate.METRICS)
 
 
@@ -105,10 +103,10 @@ def stage(kind: Kind, folder: Path, settings: dict[str, Any], inputs: dict[str, 
     Raises: RunError where other settings were asked for: nothing that took hours is thrown away unasked.
     """
     mark = folder.parent / f".{folder.name}.json"
-    settings = {key: value for key, value in settings.items() if key not in kind.free}
+    settings = {key: value for key, value in settings.items() if key not in engine.MACHINE}
     asked = provenance.plain({"settings": settings, "inputs": inputs})
     name = f"{folder.parent.name}/{folder.name}"
-    stored = _mark(mark) if folder.exists() else {}
+    stored = _stored(mark, {"settings": dict, "inputs": dict}) if folder.exists() else {}
     if stored:
         for key in sorted({*stored["settings"], *asked["settings"]}):
             was, now = stored["settings"].get(key), asked["settings"].get(key)
@@ -127,10 +125,10 @@ def stage(kind: Kind, folder: Path, settings: dict[str, Any], inputs: dict[str, 
     work(folder, goes_on)
 
 
-def _mark(path: Path) -> dict[str, Any]:
-    """What a stage was made from; a mark that is cut counts as none."""
+def _stored(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """What a mark says; one that is not there, or was cut, says nothing."""
     try:
-        return provenance.read_object(path, {"settings": dict, "inputs": dict}, "")
+        return provenance.read_object(path, shape, "")
     except RunError:
         return {}
 
@@ -266,22 +264,14 @@ class Going:
         """No test frame among the pairs of stage 1. Once, then remembered by the names on both sides."""
         made = arms.distillation(self.study, "none", 0, self.pairs, None)
         test = arms.finetuning(self.study, "none", 0, self.spec, made, Path("none"), self.out).targets
-        target = annotated_images.load(test.spec, test.test, annotations=test.test_annotations, policy=test.policy)
+        target = annotated_images.of_split(test, "test")
         sides = (layouts.load(self.pairs), target.records)
         names = [provenance.sha256_lines(record.id for record in side) for side in sides]
         asked = {"pairs": [self.pairs, self.exclude, names[0]], "test": [target.name, names[1]],
                  "allow": test.allow_leak}  # fmt: skip
         mark = self.out / LEAK
-        if mark.is_file() and _leak_mark(mark) == asked:
+        if _stored(mark, {"of": dict}).get("of") == asked:
             return
         with terminal.counting("looking for shared frames") as count:
             found = leaks.of_pairs(self.pairs, self.exclude, target, test.allow_leak, count)
         schema.write_text(mark, json.dumps({"of": asked} | found, indent=1) + "\n")
-
-
-def _leak_mark(path: Path) -> dict[str, Any]:
-    """What a check was of; one that is cut counts as none."""
-    try:
-        return dict(provenance.read_object(path, {"of": dict}, "")["of"])
-    except RunError:
-        return {}

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,8 @@ FIGURES = {"detect": ("ap50",), "segment": ("miou_8", "miou_9")}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A json file of a study. Raises: RunError when it is not there."""
-    if not path.is_file():
-        raise RunError(
-            f"{path} is not there; expected the --out folder of a finished `freqkd-train kaist` or the like."
-        )
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    """A json file of a study. Raises: RunError when it is not there or cut."""
+    return provenance.read_object(path, {}, "expected the --out folder of a finished `freqkd-train kaist` or the like.")
 
 
 def seeds(folder: Path) -> list[dict[str, Any]]:

@@ -98,14 +98,15 @@ def test_unlike_cards_are_refused(done, tmp_path):
     folders = [done / "evaluate" / "none-0", other]
     with pytest.raises(CardError, match=r"split: 'test' in .*none-0, 'val' in .*other"):
         compare.compare(folders, draws=20)
-    unlike = compare.differences(folders, force=True)
+    forced = compare.compare(folders, draws=20, force=True)
+    unlike = forced.attrs["unlike"]
     assert unlike.startswith("split: 'test' in")
-    compare.write(compare.compare(folders, draws=20, force=True), tmp_path / "forced", unlike)
+    compare.write(forced, tmp_path / "forced")
     assert (tmp_path / "forced" / "compare.md").read_text().startswith(f"Not evaluated alike:\n\n{unlike}\n\n| method")
     found["task"] = "detect"
     (other / "metrics.json").write_text(json.dumps(found))
     with pytest.raises(RunError, match="are of two tasks: segment and detect"):
-        compare.differences(folders, force=True)
+        compare.compare(folders, draws=20, force=True)
 
 
 def test_bad_words():
@@ -320,7 +321,8 @@ def test_evaluations_given_twice_or_of_unlike_seeds_are_refused(detected, tmp_pa
     (tmp_path / "none-1/metrics.json").write_text(json.dumps(found | {"seed": 1}))
     with pytest.raises(RunError, match="unlike seeds: none 0, 1; freqkd 0"):
         compare.compare([none, tmp_path / "none-1", freqkd])
-    assert compare.differences([none, tmp_path / "none-1", freqkd], True) == "seeds: none 0, 1; freqkd 0"
+    forced = compare.compare([none, tmp_path / "none-1", freqkd], draws=20, force=True)
+    assert forced.attrs["unlike"] == "seeds: none 0, 1; freqkd 0"
 
 
 def test_few_groups_are_told_with_the_table(done, capsys):
