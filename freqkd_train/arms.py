@@ -24,8 +24,17 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "freqkd": {"loss.name": "released"},
     "measured": {"loss.name": "measured"},
     **{name: recipes.CONTROLS[name] for name in CONTROLS},
+    "paper_loss": {"loss.name": "paper"},
+    "low_only": {"loss.name": "low_only"},
+    "high_only": {"loss.name": "high_only"},
+    "mse_high": recipes.high_form("mse", 0.1),
+    "signed_high": recipes.high_form("signed_log", 0.1),
+    "precision": {"loss.name": "measured", "loss.rule": "precision"},
+    **{f"cutoff_{percent}": recipes.cutoff(str(percent / 100)) for percent in (10, 25, 75)},
 }
-"""Stage 1: the student, and what its distillation changes of the recipe."""
+"""Stage 1: the student, and what its distillation changes of the recipe. From `paper_loss` on, ablations of
+FreqKD's loss: as its text has it, one band alone, another form of the high band, the other rule of weights, other
+cut-offs in percent of Nyquist."""
 TASKS = {"kaist": "detect", "flir": "detect", "mfnet": "segment", "resnet50": "detect"}
 
 
@@ -92,6 +101,11 @@ def methods(text: str, controls: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*asked, *(CONTROLS if controls else ())]))
 
 
+def needs_analysis(student: str) -> bool:
+    """Whether its band weights come from an analysis of the training pairs."""
+    return STUDENTS[student].get("loss.name") == "measured"
+
+
 def distillation(study: Study, student: str, seed: int, spec: str, weights_from: Path | None) -> Config:
     """Settings of stage 1 for one student, on the pairs of `spec`."""
     base = recipes.make("resnet50" if study.recipe == "resnet50" else "kaist", study.preset)
@@ -103,7 +117,7 @@ def distillation(study: Study, student: str, seed: int, spec: str, weights_from:
         changes |= {"teacher.name": study.model, "teacher.layers": "all"}
     if study.weights:
         changes["teacher.weights"] = study.weights
-    if student == "measured":
+    if needs_analysis(student):
         changes["loss.weights_from"] = str(weights_from)
     return base.updated(changes).updated(_given(study.changes, "distil"))
 

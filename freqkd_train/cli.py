@@ -129,7 +129,8 @@ def replay(
 
 _DATA, _ARMS = "Data", "Arms and scale"
 _METHODS = ("none", "mse", "cosine", "response", "freqkd", "measured", "shuffled", "ir_teacher", "grey", "rgb",
-            "none_paper", "none_stage2", "freqkd_stage2")  # fmt: skip
+            "none_paper", "none_stage2", "freqkd_stage2", "paper_loss", "low_only", "high_only", "mse_high",
+            "signed_high", "precision", "cutoff_10", "cutoff_25", "cutoff_75")  # fmt: skip
 """`arms.ARMS` by name, which help must not wait for; a test holds them together."""
 
 

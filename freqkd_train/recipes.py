@@ -71,7 +71,12 @@ def ablation_cutoff(value: str = "0.5", preset: str = "compact") -> Config:
     Source: FreqKD's ablation. Command: freqkd-train distill --recipe ablation_cutoff:0.25
     Expected: all four above 61.7 mAP50 in the paper, .5 the best; the values are not published.
     """
-    return _changed(kaist(preset), "ablation_cutoff", value, {"loss.bands": f"released:{value}"})
+    return _changed(kaist(preset), "ablation_cutoff", value, cutoff(value))
+
+
+def cutoff(value: str) -> dict[str, Any]:
+    """Settings of another cut-off of the released loss, as a share of Nyquist."""
+    return {"loss.name": "released", "loss.bands": f"released:{value}"}
 
 
 def ablation_bands(value: str = "low_only", preset: str = "compact") -> Config:
@@ -111,8 +116,12 @@ def ablation_high_form(value: str = "mse,0.1", preset: str = "compact") -> Confi
     Expected: unknown; nobody has published it.
     """
     form, _, weight = value.partition(",")
-    return _changed(kaist(preset), "ablation_high_form", value,
-                    {"loss.forms": ["mse", form], "loss.weights": [1.0, float(weight or 0.1)]})  # fmt: skip
+    return _changed(kaist(preset), "ablation_high_form", value, high_form(form, float(weight or 0.1)))
+
+
+def high_form(form: str, weight: float) -> dict[str, Any]:
+    """Settings of another form and weight of the released loss's high band."""
+    return {"loss.name": "released", "loss.forms": ["mse", form], "loss.weights": [1.0, weight]}
 
 
 CONTROLS: dict[str, dict[str, Any]] = {

@@ -204,7 +204,7 @@ class Going:
                 raise RunError(f"no student {folder.name} in {self.students}/distil, which holds "
                                f"{first(there) or 'none'}; distil it there first.")  # fmt: skip
             return folder
-        weights_from = self._analysed() if name == "measured" else None
+        weights_from = self._analysed() if arms.needs_analysis(name) else None
         settings = arms.distillation(self.study, name, seed, self.pairs, weights_from)
         inputs = {"weights": provenance.sha256_file(weights_from / "band_weights.json")} if weights_from else {}
         stage(DISTIL, folder, config.flat(settings), inputs, partial(self._distil, settings), self.say)

@@ -147,6 +147,26 @@ def test_the_words_of_the_command_line_are_the_arms():
     assert set(cli._METHODS) == set(arms.ARMS)
 
 
+@pytest.mark.parametrize(("student", "recipe"), [
+    ("low_only", "ablation_bands:low_only"), ("high_only", "ablation_bands:high_only"),
+    ("mse", "controls:uniform_matched"), ("cutoff_10", "ablation_cutoff:0.1"),
+    ("mse_high", "ablation_high_form:mse,0.1"), ("signed_high", "ablation_high_form:signed_log,0.1"),
+    ("cutoff_25", "ablation_cutoff:0.25"), ("freqkd", "ablation_bands:released"),
+])  # fmt: skip
+def test_an_ablation_is_one_thing_as_an_arm_and_as_a_recipe(student, recipe):
+    from freqkd_train import recipes
+
+    study_ = arms.Study("kaist", "synthetic", "compact", (student,), (0,), device="cpu")
+    assert arms.distillation(study_, student, 0, "synthetic", None).loss == recipes.make(recipe).loss
+
+
+def test_arms_of_measured_weights_ask_for_an_analysis():
+    assert [name for name in arms.STUDENTS if arms.needs_analysis(name)] == ["measured", "precision"]
+    study_ = arms.Study("kaist", "synthetic", "smoke", ("precision",), (0,), device="cpu")
+    made = arms.distillation(study_, "precision", 0, "synthetic", Path("runs/a"))
+    assert (made.loss.rule, made.loss.weights_from) == ("precision", "runs/a")
+
+
 def test_arms_differ_in_their_distillation_alone(detected):
     made = {path.parent.name: config.tree(path) for path in detected.glob("finetune/*/config.yaml")}
     assert set(made) == {"rgb-0", "none-0", "none_paper-0", "response-0", "freqkd-0"}
