@@ -14,8 +14,8 @@ BANDS = {"low": (plots.BLUE, "o", -0.14), "high": (plots.ORANGE, "s", 0.14)}
 
 table = pd.read_csv(RESULTS / "distilled" / "heldout.csv")
 table = table[(table["measure"] == "calibrated cosine") & table["band"].isin(BANDS)]
-table = table.assign(study=table["run"].str.rpartition("-")[0])
-table = table[table["study"].isin(STUDENTS) & (table["loss"] != "none")]
+table = table[table["study"].isin(STUDENTS) & (table["loss"] != "none") & (table["seed"] == 0)]
+table = table[~table["loss"].str.contains("cut-off")]
 
 
 def draw(rows: pd.DataFrame, ax: Axes) -> None:
@@ -37,4 +37,4 @@ def draw(rows: pd.DataFrame, ax: Axes) -> None:
 
 n, groups = int(table["n"].max()), int(table["groups"].max())
 title = f"Held-out change by loss, calibrated cosine; bars 95 %\nn = {n} pairs in {groups} groups, one seed, 3 epochs"
-figure = publish("heldout", table, draw, title, 10.0)
+figure = publish("heldout", table, draw, title, 14.0)

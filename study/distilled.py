@@ -2,8 +2,10 @@
 
     python study/distilled.py runs/distilled/vit-released runs/distilled/vit-uniform ...
 
+The name of a run is STUDY-LOSS, or STUDY-LOSS-sSEED for another seed.
+
 `heldout.csv`  teacher(RGB) against student(IR) before and after, mean over taps, from each run's manifest
-`terms.csv`    the loss by step and band, summed over taps, as the loss adds it up (its weights included)
+`terms.csv`    the loss by step and band, summed over taps, as the loss adds it up (its weights included), first seed
 `shares.csv`   each tap's and band's share of the gradient at the student's features, where a run measured it
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +34,33 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def arm(name: str, made: dict[str, Any]) -> dict[str, str]:
-    """Names of a run in the tables: run, teacher, student, loss (with what was done to the pairing)."""
-    pairing = made["config"]["data"]["pairing"]
-    loss = made["config"]["loss"]["name"] + ("" if pairing == "paired" else f", {pairing} pairs")
+def arm(name: str, made: dict[str, Any]) -> dict[str, Any]:
+    """Names of a run in the tables. A run is called STUDY-LOSS, or STUDY-LOSS-sSEED."""
     trained = "" if made["student"]["trained"] else ", random start"
     return {
-        "run": name, "teacher": made["teacher"]["name"], "student": made["student"]["name"] + trained, "loss": loss,
+        "run": name, "study": name.split("-")[0], "teacher": made["teacher"]["name"],
+        "student": made["student"]["name"] + trained, "loss": loss(made["config"]), "seed": made["config"]["seed"],
     }  # fmt: skip
+
+
+def loss(config: dict[str, Any]) -> str:
+    """The preset of a loss with what was changed of it.
+
+    Example:
+        >>> loss({"data": {"pairing": "paired"}, "loss": {"name": "released", "forms": ["mse", "mse"]}})
+        'released, high band mse'
+    """
+    chosen, pairing = config["loss"], config["data"]["pairing"]
+    words = [str(chosen["name"])]
+    if chosen.get("match_gradient"):
+        words[0] = "mse at matched gradient"
+    if chosen.get("forms"):
+        words.append(f"high band {chosen['forms'][1]}")
+    if chosen.get("bands", "").startswith("released:"):
+        words.append(f"cut-off {chosen['bands'].partition(':')[2]}")
+    if chosen["name"] == "measured" and chosen.get("rule", "shared") != "shared":
+        words.append(f"rule {chosen['rule']}")
+    return ", ".join([*words, *([] if pairing == "paired" else [f"{pairing} pairs"])])
 
 
 def command(made: dict[str, Any]) -> list[str]:
@@ -91,11 +113,12 @@ def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
     for folder in sorted(map(Path, folders), key=lambda path: path.name):
         made, name = read(folder), folder.absolute().name
         heldout += [arm(name, made) | row for row in made["heldout"]]
-        more = learned(folder, name)
-        terms += more[0]
-        shares += more[1]
+        if not re.search(r"-s\d+$", name):  # the curves of other seeds look the same and are many
+            more = learned(folder, name)
+            terms += more[0]
+            shares += more[1]
         arms.append(arm(name, made) | {
-            "command": command(made), "seed": made["config"]["seed"], "seconds": made["seconds"],
+            "command": command(made), "seconds": made["seconds"],
             "commit": made["commit"], "steps": made["outcome"].get("steps"),
             "epochs": made["config"]["training"]["epochs"],
             "sha256": {role: made[role]["sha256"] for role in ("teacher", "student")},

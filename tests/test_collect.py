@@ -22,7 +22,7 @@ from freqkd_train.metrics.boxes import make_detections, make_truth
 from freqkd_train.score import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "downstream", "page")
+NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "downstream", "cells", "differ", "trained", "page")
 
 
 @pytest.fixture(scope="module")
@@ -243,5 +243,5 @@ def test_a_downstream_study_is_collected_with_each_seed(study: dict[str, ModuleT
 
 def test_a_difference_is_bold_only_where_its_interval_leaves_out_0(study: dict[str, ModuleType]) -> None:
     row = {"to_none": 1.0, "to_none_low": 0.1, "to_none_high": 2.0}
-    assert study["page"].signed(row, "to_none") == "**+1.00 [+0.1, +2.0]**"
-    assert study["page"].signed(row | {"to_none_low": -0.1}, "to_none") == "+1.00 [-0.1, +2.0]"
+    assert study["trained"].signed(row, "to_none") == "**+1.00 [+0.1, +2.0]**"
+    assert study["trained"].signed(row | {"to_none_low": -0.1}, "to_none") == "+1.00 [-0.1, +2.0]"

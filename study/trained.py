@@ -1,0 +1,131 @@
+"""Tables of RESULTS.md on distillation: held-out features, downstream studies, and how they were made."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from typing import Any
+
+import pandas as pd
+from cells import commit, markdown, options
+from outputs import RESULTS
+
+HELD = ("low", "high")
+
+
+def heldout() -> str:
+    """Held-out pairs before and after each loss, calibrated cosine: the first seed, then all."""
+    table = pd.read_csv(RESULTS / "distilled" / "heldout.csv", keep_default_na=False)
+    table = table[table["measure"] == "calibrated cosine"]
+    rows = []
+    for (_, loss), some in table.groupby(["study", "loss"], sort=False):
+        head = some.iloc[0]
+        row = [head["teacher"].split(".")[0], head["student"].split(".")[0], loss]
+        for band in HELD:
+            seeds = some[some["band"] == band].sort_values("seed").to_dict("records")
+            row += [f"{seeds[0]['before']:.3f} to {seeds[0]['after']:.3f}, {change(seeds[0])}", over(seeds)]
+        rows.append(row)
+    heads = [text for band in HELD for text in (f"{band} band", f"{band}, mean of seeds")]
+    return markdown(["teacher", "student", "loss", *heads], rows)
+
+
+def over(seeds: list[dict[str, Any]]) -> str:
+    """Mean change over seeds with the smallest and the largest; nothing for one seed."""
+    values = [row["change"] for row in seeds]
+    if len(values) < 2:
+        return ""
+    return f"{math.fsum(values) / len(values):+.3f} ({min(values):+.3f} to {max(values):+.3f}; {len(values)})"
+
+
+def change(row: dict[str, Any]) -> str:
+    return f"{row['change']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+
+
+def studies() -> dict[str, tuple[list[str], list[dict[str, Any]]]]:
+    """Study -> the pieces of a command that all its arms share, and the arms with the pieces of their own."""
+    made = json.loads((RESULTS / "distilled" / "manifest.json").read_text(encoding="utf-8"))["arms"]
+    found: dict[str, tuple[list[str], list[dict[str, Any]]]] = {}
+    for name in dict.fromkeys(one["study"] for one in made):
+        arms_ = [
+            one | {"pieces": [p for p in options(one["command"]) if not p.startswith("--out ")]}
+            for one in made
+            if one["study"] == name
+        ]
+        shared = [piece for piece in arms_[0]["pieces"] if all(piece in one["pieces"] for one in arms_)]
+        found[name] = shared, arms_
+    return found
+
+
+def shared() -> str:
+    """What all arms of a study have in common."""
+    rows = [[f"`{name}`", f"`{' '.join(pieces)}`"] for name, (pieces, _) in studies().items()]
+    return markdown(["study", "command"], rows)
+
+
+def arms() -> str:
+    """What each arm adds to its study's command."""
+    rows = []
+    for pieces, arms_ in studies().values():
+        for one in arms_:
+            own = [piece for piece in one["pieces"] if piece not in pieces]
+            rows.append([f"`{one['run']}`", f"`{' '.join(own)}`" if own else "", one["steps"], one["seed"],
+                         f"{one['seconds'] / 60:.1f}", commit(one["commit"])])  # fmt: skip
+    return markdown(["run", "options of its own", "steps", "seed", "minutes", "commit"], rows)
+
+
+def downstream() -> str:
+    """Methods on the test split of each downstream study."""
+    table = pd.read_csv(RESULTS / "downstream" / "methods.csv")
+    rows = []
+    for row in table.to_dict("records"):
+        gaps = [signed(row, f"to_{name}") if row["method"] != name else "" for name in ("none", "mse")]
+        rows.append([f"`{row['study']}`", row["metric"], row["method"], row["seeds"],
+                     f"{row['value']:.2f} [{row['low']:.1f}, {row['high']:.1f}]",
+                     "" if pd.isna(row["spread"]) else f"{row['spread']:.2f}", *gaps])  # fmt: skip
+    head = ["study", "metric, %", "method", "seeds", "mean", "spread of seeds", "to none", "to mse"]
+    return markdown(head, rows)
+
+
+def signed(row: dict[str, Any], name: str) -> str:
+    """A difference with its interval; bold where the interval leaves out 0."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    text = f"{row[name]:+.2f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def downstream_runs() -> str:
+    """How each downstream study was made."""
+    made = json.loads((RESULTS / "downstream" / "manifest.json").read_text(encoding="utf-8"))["studies"]
+    rows = []
+    for one in made:
+        head, size = one["head"], "x".join(map(str, one["size"]))
+        rows.append([f"`{one['study']}`", f"{one['data']}, {one['annotations']}", f"{one['train']} / {one['test']}",
+                     one["network"].split(".")[0], f"{head['kind']}, backbone {head['train']}", size, one["epochs"],
+                     ", ".join(map(str, one["seeds"])), f"{one['seconds'] / 60:.0f}", commit(one["commit"]),
+                     f"`{shlex.join(one['command'])}`"])  # fmt: skip
+    head_ = ["study", "data", "frames trained on / tested on", "network", "head", "size", "epochs", "seeds", "minutes",
+             "commit", "command"]  # fmt: skip
+    return markdown(head_, rows)
+
+
+def students() -> str:
+    """How the students of the downstream studies were distilled, a command a network and method, of the first seed."""
+    made = json.loads((RESULTS / "downstream" / "manifest.json").read_text(encoding="utf-8"))["studies"]
+    first_of = {(one["network"].split(".")[0], name): row for one in reversed(made)
+                for name, row in one["students"].items() if name.endswith("-0")}  # fmt: skip
+    rows = [[network_, f"`{name.removesuffix('-0')}`", row["data"]["train"], row["steps"], f"{row['seconds'] / 60:.1f}",
+             commit(row["commit"]), f"`{shlex.join(row['command'])}`"]
+            for (network_, name), row in sorted(first_of.items())]  # fmt: skip
+    return markdown(["network", "student", "pairs", "steps", "minutes", "commit", "command"], rows)
+
+
+def detectors() -> str:
+    """Published KAIST detections scored here."""
+    table = pd.read_csv(RESULTS / "detectors" / "figures.csv")
+    names = list(dict.fromkeys(table["figure"]))
+    rows = []
+    for detector, some in table.groupby("detector", sort=False):
+        cells = {r["figure"]: f"{r['value']:.2f} [{r['low']:.1f}, {r['high']:.1f}]" for r in some.to_dict("records")}
+        rows.append([detector, *(cells[name] for name in names)])
+    return markdown(["detector", *names], rows)
