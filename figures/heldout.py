@@ -8,33 +8,31 @@ from matplotlib.axes import Axes
 
 from freqkd_analysis import plots
 
-STUDENTS = {"vit": "ViT-S/14 to itself", "lite2lite0": "Lite2 to Lite0", "tf_efficientnet_lite0": "ViT to Lite0",
-            "mobilenetv2_100": "ViT to MobileNetV2"}  # fmt: skip
+STUDENTS = {"vit-to-vit": "ViT to itself", "vit-to-lite0": "ViT to Lite0", "lite2-to-lite0": "Lite2 to Lite0"}
 BANDS = {"low": (plots.BLUE, "o", -0.14), "high": (plots.ORANGE, "s", 0.14)}
 
 table = pd.read_csv(RESULTS / "distilled" / "heldout.csv")
 table = table[(table["measure"] == "calibrated cosine") & table["band"].isin(BANDS)]
-table = table[table["study"].isin(STUDENTS) & (table["loss"] != "none") & (table["seed"] == 0)]
-table = table[~table["loss"].str.contains("cut-off")]
+table = table[table["study"].isin(STUDENTS) & (table["arm"] != "none") & (table["seed"] == 0)]
 
 
 def draw(rows: pd.DataFrame, ax: Axes) -> None:
-    axes = panels(ax, "AB;CD", sharey=True, sharex=True)
-    names = sorted(set(rows["loss"]), key=lambda name: ("shuffled" in name, name))
+    axes = panels(ax, "ABC", sharey=True)
+    names = list(rows[rows["band"] == "low"].groupby("arm")["change"].mean().sort_values().index)
     for one, (study, words) in zip(axes, STUDENTS.items(), strict=True):
         for band, (colour, marker, move) in BANDS.items():
             part = rows[(rows["study"] == study) & (rows["band"] == band)]
             ends = [part["change"] - part["ci_low"], part["ci_high"] - part["change"]]
-            y = [names.index(name) + move for name in part["loss"]]
+            y = [names.index(name) + move for name in part["arm"]]
             one.errorbar(part["change"], y, xerr=ends, fmt=marker, color=colour, ms=3, elinewidth=0.9, label=band)
         one.axvline(0, color=plots.INK, lw=0.6)
         one.set(title=words, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-        one.set_yticklabels([name.replace(", ", ",\n") for name in names])
+        one.set_yticklabels(names)
         one.grid(axis="x")
-        one.set_xlabel("change of divergence\n(below 0: closer)" if one in axes[2:] else "")
+        one.set_xlabel("change")
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), title="band", loc="outside lower center", ncols=2)
 
 
 n, groups = int(table["n"].max()), int(table["groups"].max())
-title = f"Held-out change by loss, calibrated cosine; bars 95 %\nn = {n} pairs in {groups} groups, one seed, 3 epochs"
-figure = publish("heldout", table, draw, title, 14.0)
+title = f"Held-out change of calibrated cosine (below 0: closer)\n95 %, n = {n} pairs in {groups} groups, one seed, 3 epochs"
+figure = publish("heldout", table, draw, title, 9.5)

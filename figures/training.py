@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from freqkd_analysis import plots
 
-RUNS = {"vit-released": "released", "vit-measured": "measured"}
+RUNS = {"vit-to-vit/freqkd-0": "released", "vit-to-vit/measured-0": "measured"}
 LOOKS = {"low": (plots.BLUE, "o"), "mid": (plots.GREEN, "D"), "high": (plots.ORANGE, "s")}
 SMOOTH = 9
 

@@ -1,8 +1,6 @@
 """Finished distillations -> results/distilled: what held-out pairs say, the terms by band, the shares of the gradient.
 
-    python study/distilled.py runs/distilled/vit-released runs/distilled/vit-uniform ...
-
-The name of a run is STUDY-LOSS, or STUDY-LOSS-sSEED for another seed.
+    python study/distilled.py runs/vit-to-vit/distil/freqkd-0 runs/vit-to-vit/distil/mse-0 ...
 
 `heldout.csv`  teacher(RGB) against student(IR) before and after, mean over taps, from each run's manifest
 `terms.csv`    the loss by step and band, summed over taps, as the loss adds it up (its weights included), first seed
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,38 +31,24 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def arm(name: str, made: dict[str, Any]) -> dict[str, Any]:
-    """Names of a run in the tables. A run is called STUDY-LOSS, or STUDY-LOSS-sSEED."""
-    trained = "" if made["student"]["trained"] else ", random start"
-    return {
-        "run": name, "study": name.split("-")[0], "teacher": made["teacher"]["name"],
-        "student": made["student"]["name"] + trained, "loss": loss(made["config"]), "seed": made["config"]["seed"],
-    }  # fmt: skip
-
-
-def loss(config: dict[str, Any]) -> str:
-    """The preset of a loss with what was changed of it.
+def arm(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """Names of a run in the tables, from its folder STUDY/distil/ARM-SEED.
 
     Example:
-        >>> loss({"data": {"pairing": "paired"}, "loss": {"name": "released", "forms": ["mse", "mse"]}})
-        'released, high band mse'
+        >>> network = {"name": "vit", "trained": True}
+        >>> arm(Path("runs/a-to-b/distil/mse_high-2"), {"teacher": network, "student": network})["run"]
+        'a-to-b/mse_high-2'
     """
-    chosen, pairing = config["loss"], config["data"]["pairing"]
-    words = [str(chosen["name"])]
-    if chosen.get("match_gradient"):
-        words[0] = "mse at matched gradient"
-    if chosen.get("forms"):
-        words.append(f"high band {chosen['forms'][1]}")
-    if chosen.get("bands", "").startswith("released:"):
-        words.append(f"cut-off {chosen['bands'].partition(':')[2]}")
-    if chosen["name"] == "measured" and chosen.get("rule", "shared") != "shared":
-        words.append(f"rule {chosen['rule']}")
-    return ", ".join([*words, *([] if pairing == "paired" else [f"{pairing} pairs"])])
+    study, (name, _, seed) = folder.parent.parent.name, folder.name.rpartition("-")
+    trained = "" if made["student"]["trained"] else ", random start"
+    return {"run": f"{study}/{folder.name}", "study": study, "arm": name, "seed": int(seed),
+            "teacher": made["teacher"]["name"], "student": made["student"]["name"] + trained}  # fmt: skip
 
 
-def command(made: dict[str, Any]) -> list[str]:
-    """The words of a run; the analysis that its weights came from under the name that it has in results/, if any."""
+def command(name: str, made: dict[str, Any]) -> list[str]:
+    """The words of a run, its folder by `name`; the analysis that its weights came from by its name in results/."""
     words = [str(word) for word in made["command"]]
+    words[words.index("--out") + 1] = name
     source = Path(made["config"]["loss"]["weights_from"] or "none")
     if (source / "manifest.json").is_file():
         started_at = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["started"]
@@ -110,29 +93,29 @@ def learned(folder: Path, name: str) -> tuple[list[dict[str, Any]], list[dict[st
 
 def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
     heldout, terms, shares, arms = [], [], [], []
-    for folder in sorted(map(Path, folders), key=lambda path: path.name):
-        made, name = read(folder), folder.absolute().name
-        heldout += [arm(name, made) | row for row in made["heldout"]]
-        if not re.search(r"-s\d+$", name):  # the curves of other seeds look the same and are many
-            more = learned(folder, name)
+    for folder in sorted(Path(folder).absolute() for folder in folders):
+        made = read(folder)
+        told = arm(folder, made)
+        heldout += [told | row for row in made["heldout"]]
+        if told["seed"] == 0:  # the curves of other seeds look the same and are many
+            more = learned(folder, told["run"])
             terms += more[0]
             shares += more[1]
-        arms.append(arm(name, made) | {
-            "command": command(made), "seconds": made["seconds"],
+        arms.append(told | {
+            "command": command(f"runs/{told['study']}/distil/{folder.name}", made), "seconds": made["seconds"],
             "commit": made["commit"], "steps": made["outcome"].get("steps"),
             "epochs": made["config"]["training"]["epochs"],
             "sha256": {role: made[role]["sha256"] for role in ("teacher", "student")},
         })  # fmt: skip
     for rows, file in ((heldout, "heldout.csv"), (terms, "terms.csv"), (shares, "shares.csv")):
         write_table(pd.DataFrame(rows), out / file)
-    names = [one["run"] for one in arms]
     write_manifest({
         "schema": 1, "data": made["data"], "network": {role: made[role] for role in ("teacher", "student")} | {
             "note": "of the last arm; `arms` names each one's"},
-        "n": made["data"]["held"], "command": started("distilled.py", *(f"runs/{name}" for name in names)),
+        "n": made["data"]["held"], "command": started("distilled.py", "runs/*/distil/*"),
         "seed": made["config"]["seed"], "seconds": math.fsum(float(one["seconds"]) for one in arms),
         "commit": provenance.commit(), "size": made["config"]["data"]["size"], "arms": arms,
-    }, out, names)  # fmt: skip
+    }, out)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def made(folder: Path) -> dict[str, Any]:
 
 
 def students(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How each student was distilled, by the name of its folder, where that is still there."""
+    """How each student was distilled, by STUDY/ARM-SEED, where its folder is still there."""
     folders = {Path(run["config"].get("weights", "none")).parent for run in runs}
-    found = {folder.name: read(folder / "manifest.json") for folder in sorted(folders)
+    found = {f"{folder.parent.parent.name}/{folder.name}": read(folder / "manifest.json") for folder in sorted(folders)
              if (folder / "manifest.json").is_file()}  # fmt: skip
     return {name: {"command": one["command"], "commit": one["commit"], "seconds": one["seconds"],
                    "steps": one["outcome"]["steps"], "data": one["data"]} for name, one in found.items()}  # fmt: skip
@@ -83,7 +83,7 @@ def body(folders: list[str], out: Path = RESULTS / "downstream") -> None:
         "seed": studies[0]["seeds"][0], "seconds": math.fsum(one["seconds"] for one in studies),
         "command": started("downstream.py", *(f"runs/{name}" for name in names)), "commit": provenance.commit(),
         "studies": studies,
-    }, out, names)  # fmt: skip
+    }, out, [*names, *(name.partition("/")[0] for one in studies for name in one["students"])])  # fmt: skip
 
 
 if __name__ == "__main__":

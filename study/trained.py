@@ -12,6 +12,8 @@ from cells import commit, markdown, options
 from outputs import RESULTS
 
 HELD = ("low", "high")
+RUN_ALONE = ("--out ", "--seed ", "--cache-gb ", "--device ")
+"""Options that say where a run lies, which seed it has, or how the machine is used."""
 
 
 def heldout() -> str:
@@ -19,15 +21,14 @@ def heldout() -> str:
     table = pd.read_csv(RESULTS / "distilled" / "heldout.csv", keep_default_na=False)
     table = table[table["measure"] == "calibrated cosine"]
     rows = []
-    for (_, loss), some in table.groupby(["study", "loss"], sort=False):
-        head = some.iloc[0]
-        row = [head["teacher"].split(".")[0], head["student"].split(".")[0], loss]
+    for (study, name), some in table.groupby(["study", "arm"], sort=False):
+        row = [f"`{study}`", f"`{name}`"]
         for band in HELD:
             seeds = some[some["band"] == band].sort_values("seed").to_dict("records")
             row += [f"{seeds[0]['before']:.3f} to {seeds[0]['after']:.3f}, {change(seeds[0])}", over(seeds)]
         rows.append(row)
     heads = [text for band in HELD for text in (f"{band} band", f"{band}, mean of seeds")]
-    return markdown(["teacher", "student", "loss", *heads], rows)
+    return markdown(["study", "arm", *heads], rows)
 
 
 def over(seeds: list[dict[str, Any]]) -> str:
@@ -48,7 +49,7 @@ def studies() -> dict[str, tuple[list[str], list[dict[str, Any]]]]:
     found: dict[str, tuple[list[str], list[dict[str, Any]]]] = {}
     for name in dict.fromkeys(one["study"] for one in made):
         arms_ = [
-            one | {"pieces": [p for p in options(one["command"]) if not p.startswith("--out ")]}
+            one | {"pieces": [p for p in options(one["command"]) if not p.startswith(RUN_ALONE)]}
             for one in made
             if one["study"] == name
         ]
@@ -66,12 +67,15 @@ def shared() -> str:
 def arms() -> str:
     """What each arm adds to its study's command."""
     rows = []
-    for pieces, arms_ in studies().values():
-        for one in arms_:
-            own = [piece for piece in one["pieces"] if piece not in pieces]
-            rows.append([f"`{one['run']}`", f"`{' '.join(own)}`" if own else "", one["steps"], one["seed"],
-                         f"{one['seconds'] / 60:.1f}", commit(one["commit"])])  # fmt: skip
-    return markdown(["run", "options of its own", "steps", "seed", "minutes", "commit"], rows)
+    for study, (pieces, runs) in studies().items():
+        for name in dict.fromkeys(one["arm"] for one in runs):
+            some = [one for one in runs if one["arm"] == name]
+            own = [piece for piece in some[0]["pieces"] if piece not in pieces]
+            minutes = math.fsum(one["seconds"] for one in some) / 60 / len(some)
+            commits = ", ".join(dict.fromkeys(commit(one["commit"]) for one in some))
+            rows.append([f"`{study}`", f"`{name}`", f"`{' '.join(own)}`" if own else "", some[0]["steps"],
+                         ", ".join(str(one["seed"]) for one in some), f"{minutes:.1f}", commits])  # fmt: skip
+    return markdown(["study", "arm", "options of its own", "steps", "seeds", "minutes each", "commit"], rows)
 
 
 def downstream() -> str:
@@ -110,14 +114,15 @@ def downstream_runs() -> str:
 
 
 def students() -> str:
-    """How the students of the downstream studies were distilled, a command a network and method, of the first seed."""
+    """How the students of downstream studies were distilled that stand in no other table: the first seed of each."""
     made = json.loads((RESULTS / "downstream" / "manifest.json").read_text(encoding="utf-8"))["studies"]
-    first_of = {(one["network"].split(".")[0], name): row for one in reversed(made)
-                for name, row in one["students"].items() if name.endswith("-0")}  # fmt: skip
-    rows = [[network_, f"`{name.removesuffix('-0')}`", row["data"]["train"], row["steps"], f"{row['seconds'] / 60:.1f}",
-             commit(row["commit"]), f"`{shlex.join(row['command'])}`"]
-            for (network_, name), row in sorted(first_of.items())]  # fmt: skip
-    return markdown(["network", "student", "pairs", "steps", "minutes", "commit", "command"], rows)
+    told = {one["run"] for _, runs in studies().values() for one in runs}
+    found = {name: row for one in made for name, row in one["students"].items()
+             if name.endswith("-0") and name not in told}  # fmt: skip
+    rows = [[*(f"`{part}`" for part in name.removesuffix("-0").split("/")), row["data"]["train"], row["steps"],
+             f"{row['seconds'] / 60:.1f}", commit(row["commit"]), f"`{shlex.join(row['command'])}`"]
+            for name, row in sorted(found.items())]  # fmt: skip
+    return markdown(["study", "arm", "pairs", "steps", "minutes", "commit", "command"], rows)
 
 
 def detectors() -> str:

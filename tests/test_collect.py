@@ -22,7 +22,8 @@ from freqkd_train.metrics.boxes import make_detections, make_truth
 from freqkd_train.score import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "downstream", "cells", "differ", "trained", "page")
+NAMES = ("outputs", "collect", "subsets", "distilled", "detectors", "downstream", "cells", "differ", "trained", "page",
+         "jobs", "run")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +160,18 @@ def distillation(folder: Path, name: str, **loss: Any) -> Path:
 
 
 def test_distillations_become_three_tables(study: dict[str, ModuleType], tmp_path: Path) -> None:
-    run = distillation(tmp_path, "vit-released")
-    study["distilled"].body([str(run)], tmp_path / "out")
+    run = distillation(tmp_path / "vit-to-vit" / "distil", "freqkd-0")
+    other = distillation(tmp_path / "vit-to-vit" / "distil", "freqkd-1")
+    study["distilled"].body([str(run), str(other)], tmp_path / "out")
     terms, shares = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("terms", "shares"))
     assert terms[["band", "term"]].values.tolist() == [["low", 0.75], ["high", 2.0]]
     assert shares[["tap", "band", "share"]].values.tolist() == [["a", "low", 0.75], ["b", "whole", 0.25]]
     heldout = pd.read_csv(tmp_path / "out" / "heldout.csv")
-    assert heldout[["run", "loss", "band", "change"]].values.tolist() == [
-        ["vit-released", "released", "low", -0.1], ["vit-released", "released", "high", -0.1],
-    ]  # fmt: skip
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["arms"][0]["command"][-1] == "runs/vit-released"
+    assert heldout[["run", "arm", "seed", "band", "change"]].values.tolist() == [
+        [f"vit-to-vit/freqkd-{seed}", "freqkd", seed, band, -0.1] for seed in (0, 1) for band in ("low", "high")
+    ]
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text())["arms"]
+    assert [one["command"][-1] for one in made] == [f"runs/vit-to-vit/distil/freqkd-{seed}" for seed in (0, 1)]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="no finished distillation"):
         study["distilled"].body([str(tmp_path / "empty")])
@@ -187,7 +190,7 @@ def test_a_curve_is_read_at_no_more_than_its_rate(study: dict[str, ModuleType]) 
 def test_the_page_is_what_the_results_say(study: dict[str, ModuleType]) -> None:
     text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert text.count("<!-- table ") == len(study["page"].TABLES)
-    assert study["page"].filled(text) == text, "run `make study`, or python study/page.py RESULTS.md"
+    assert study["page"].filled(text) == text, "run `make tables`, or python study/page.py RESULTS.md"
 
 
 @pytest.mark.parametrize(
@@ -245,3 +248,71 @@ def test_a_difference_is_bold_only_where_its_interval_leaves_out_0(study: dict[s
     row = {"to_none": 1.0, "to_none_low": 0.1, "to_none_high": 2.0}
     assert study["trained"].signed(row, "to_none") == "**+1.00 [+0.1, +2.0]**"
     assert study["trained"].signed(row | {"to_none_low": -0.1}, "to_none") == "+1.00 [-0.1, +2.0]"
+
+
+FAKE = """
+import pathlib, sys
+words = sys.argv[1:]
+folder = pathlib.Path(words[words.index("--out") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+print(*words, file=(folder / "said").open("a"))
+if words[0] == "stops" and "--resume" not in words:
+    (folder / "begun").touch()
+    raise SystemExit(1)
+(folder / "ended").touch()
+"""
+
+
+@pytest.fixture
+def three(study: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of three runs in a folder of its own, of which the second stops the first time."""
+    (tmp_path / "fake_job.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    runs = [study["jobs"].Job(name, ("fake_job", word), "ended", "begun")
+            for name, word in (("one", "goes"), ("two", "stops"), ("two/three", "goes"))]  # fmt: skip
+    monkeypatch.setattr(study["jobs"], "jobs", lambda: runs)
+    monkeypatch.setattr(study["run"], "lists", lambda: None)
+    return tmp_path / "runs"
+
+
+def test_a_study_that_was_stopped_goes_on_where_it_was(
+    study: dict[str, ModuleType], three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FreqkdError, match="two ended with status 1"):
+        study["run"].main([])
+    assert not (three / "two/three").exists()
+    study["run"].main([])
+    assert "3 runs, 1 of them there already" in capsys.readouterr().err
+    assert (three / "one/said").read_text() == "goes --out runs/one\n"
+    assert (three / "two/said").read_text().splitlines() == ["stops --out runs/two", "stops --out runs/two --resume"]
+    study["run"].main(["--list"])
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 3
+
+
+def test_runs_are_chosen_by_name(study: dict[str, ModuleType], three: Path) -> None:
+    study["run"].main(["one", "two/*"])
+    assert (three / "one/ended").is_file() and (three / "two/three/ended").is_file()
+    assert not (three / "two/said").exists()
+    with pytest.raises(FreqkdError, match=r'no run "won"\.'):
+        study["run"].main(["won"])
+
+
+def test_every_result_is_of_a_run_of_the_study(
+    study: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "pairs").mkdir(parents=True)
+    monkeypatch.setenv("FREQKD_TEST_DATA", str(tmp_path))
+    names = [job.name for job in study["jobs"].jobs()]
+    assert len(names) == len(set(names))
+    results = ROOT / "results"
+    analyses = {path.parent.name for path in results.glob("*/verdict.json")}
+    arms = {
+        one["run"].replace("/", "/distil/")
+        for one in json.loads((results / "distilled/manifest.json").read_text())["arms"]
+    }
+    studies = {one["study"] for one in json.loads((results / "downstream/manifest.json").read_text())["studies"]}
+    assert analyses | arms | studies <= set(names)
+    monkeypatch.delenv("FREQKD_TEST_DATA")
+    with pytest.raises(FreqkdError, match="expected FREQKD_TEST_DATA to name a folder with data/pairs"):
+        study["jobs"].jobs()

@@ -141,7 +141,7 @@ def test_shares_of_the_gradient_add_up_and_are_those_drawn(figures: dict[str, An
     shares = csv("distilled", "shares.csv")
     np.testing.assert_allclose(shares.groupby(["run", "step"])["share"].sum(), 1.0, atol=1e-4)
     axes = figures["training"][0].axes
-    for place, run in ((2, "vit-released"), (3, "vit-measured")):
+    for place, run in ((2, "vit-to-vit/freqkd-0"), (3, "vit-to-vit/measured-0")):
         own = shares[shares["run"] == run]
         for line in axes[place].lines:
             band = str(line.get_label()).removesuffix(" band")
@@ -149,7 +149,7 @@ def test_shares_of_the_gradient_add_up_and_are_those_drawn(figures: dict[str, An
                 line.get_ydata(), own[own["band"] == band].groupby("step")["share"].sum(), rtol=1e-9
             )
     terms = csv("distilled", "terms.csv")
-    low = terms[(terms["run"] == "vit-released") & (terms["band"] == "low")]["term"].to_numpy()
+    low = terms[(terms["run"] == "vit-to-vit/freqkd-0") & (terms["band"] == "low")]["term"].to_numpy()
     drawn = axes[0].lines[0].get_ydata()
     assert drawn[50] == pytest.approx(low[46:55].mean()) and len(drawn) == len(low)
 
@@ -158,7 +158,7 @@ def test_held_out_changes_are_after_less_before(figures: dict[str, Any]) -> None
     figure, table = figures["heldout"]
     heldout = csv("distilled", "heldout.csv")
     heldout = heldout[heldout["measure"] == "calibrated cosine"].set_index(["run", "band"])
-    for place, study in enumerate(("vit", "lite2lite0", "tf_efficientnet_lite0", "mobilenetv2_100")):
+    for place, study in enumerate(("vit-to-vit", "vit-to-lite0", "lite2-to-lite0")):
         for band in ("low", "high"):
             names = table[(table["study"] == study) & (table["band"] == band)]["run"]
             rows = heldout.loc[[(name, band) for name in names]]
