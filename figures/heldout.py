@@ -34,5 +34,5 @@ def draw(rows: pd.DataFrame, ax: Axes) -> None:
 
 
 n, groups = int(table["n"].max()), int(table["groups"].max())
-title = f"Held-out change of calibrated cosine (below 0: closer)\n95 %, n = {n} pairs in {groups} groups, one seed, 3 epochs"
+title = f"Held-out change of calibrated cosine (below 0: closer)\n95 %, n = {n} pairs in {groups} groups, one seed"
 figure = publish("heldout", table, draw, title, 9.5)

@@ -167,6 +167,19 @@ def test_held_out_changes_are_after_less_before(figures: dict[str, Any]) -> None
             np.testing.assert_allclose(got[:, 1:], rows[["ci_low", "ci_high"]], rtol=1e-9)
 
 
+def test_downstream_differences_are_those_of_the_seeds(figures: dict[str, Any]) -> None:
+    """The mean over seeds of an arm less that of no distillation, from each seed's own figure."""
+    table = figures["downstream"][1]
+    seeds = csv("downstream", "seeds.csv").groupby(["study", "metric", "method"])["value"].mean()
+    for row in table.to_dict("records"):
+        there = seeds[row["study"], row["metric"]]
+        assert row["to_none"] == pytest.approx(there[row["method"]] - there["none"], abs=1e-4)
+        assert row["to_none_low"] < row["to_none"] < row["to_none_high"]
+    drawn = bars(figures["downstream"][0], 1)["Lite0, HIT-UAV"]
+    rows = table[table["study"] == "lite0-hituav"]
+    np.testing.assert_allclose(drawn, rows[["to_none", "to_none_low", "to_none_high"]], rtol=1e-9)
+
+
 def test_miss_rates_of_the_curves_are_those_in_the_legend(figures: dict[str, Any]) -> None:
     """The log-average at nine points, computed from the drawn line, is the figure that stands beside its name."""
     rates = csv("detectors", "figures.csv").set_index(["figure", "detector"])["value"]
