@@ -63,6 +63,7 @@ tables: install
 
 figures: install
 	@for script in $(filter-out figures/common.py,$(wildcard figures/*.py)); do $(BIN)/python $$script || exit; done
+	@for name in low_high_by_depth heldout; do cp figures/out/$$name.svg figures/out/$$name.csv docs/images/; done
 
 docs: install
 	@$(BIN)/python -m pip install -q -e ".[docs]"

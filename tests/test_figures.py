@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -178,6 +179,14 @@ def test_downstream_differences_are_those_of_the_seeds(figures: dict[str, Any]) 
     drawn = bars(figures["downstream"][0], 1)["Lite0, HIT-UAV"]
     rows = table[table["study"] == "lite0-hituav"]
     np.testing.assert_allclose(drawn, rows[["to_none", "to_none_low", "to_none_high"]], rtol=1e-9)
+
+
+def test_the_pictures_of_the_readme_show_the_results(figures: dict[str, Any]) -> None:
+    shown = re.findall(r"docs/images/(\w+)\.svg", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(shown) == 2
+    for name in shown:
+        kept = pd.read_csv(ROOT / "docs" / "images" / f"{name}.csv")
+        pd.testing.assert_frame_equal(kept, figures[name][1], obj=f"{name}: run `make figures`; its table")
 
 
 def test_miss_rates_of_the_curves_are_those_in_the_legend(figures: dict[str, Any]) -> None:
