@@ -2,6 +2,7 @@
 
     python study/distilled.py runs/vit-to-vit/distil/freqkd-0 runs/vit-to-vit/distil/mse-0 ...
 
+Rows of runs that are not named stay.
 `heldout.csv`  teacher(RGB) against student(IR) before and after, mean over taps, from each run's manifest
 `terms.csv`    the loss by step and band, summed over taps, as the loss adds it up (its weights included), first seed
 `shares.csv`   each tap's and band's share of the gradient at the student's features, where a run measured it
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from outputs import RESULTS, main, started, write_manifest, write_table
+from outputs import RESULTS, main, merge_rows, merge_table, started, write_manifest
 
 from freqkd_analysis import provenance
 from freqkd_analysis.errors import RunError
@@ -108,7 +109,9 @@ def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
             "sha256": {role: made[role]["sha256"] for role in ("teacher", "student")},
         })  # fmt: skip
     for rows, file in ((heldout, "heldout.csv"), (terms, "terms.csv"), (shares, "shares.csv")):
-        write_table(pd.DataFrame(rows), out / file)
+        if rows:
+            merge_table(pd.DataFrame(rows), out / file, "run")
+    arms = merge_rows(arms, out, "arms", "run")
     write_manifest({
         "schema": 1, "data": made["data"], "network": {role: made[role] for role in ("teacher", "student")} | {
             "note": "of the last arm; `arms` names each one's"},

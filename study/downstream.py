@@ -2,6 +2,7 @@
 
     python study/downstream.py runs/vit-mfnetseg runs/lite0-flir ...
 
+Rows of studies that are not named stay.
 `methods.csv`  each study's compare.csv: method x metric, mean over seeds, differences to `none` and `mse` by group
 `seeds.csv`    the figure of each seed by itself
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from outputs import RESULTS, main, started, write_manifest, write_table
+from outputs import RESULTS, main, merge_rows, merge_table, started, write_manifest
 
 from freqkd_analysis import provenance
 from freqkd_analysis.errors import RunError
@@ -74,8 +75,9 @@ def body(folders: list[str], out: Path = RESULTS / "downstream") -> None:
         table.insert(0, "study", folder.absolute().name)
         methods.append(table)
         single += seeds(folder)
-    write_table(pd.concat(methods, ignore_index=True), out / "methods.csv")
-    write_table(pd.DataFrame(single), out / "seeds.csv")
+    merge_table(pd.concat(methods, ignore_index=True), out / "methods.csv", "study")
+    merge_table(pd.DataFrame(single), out / "seeds.csv", "study")
+    studies = merge_rows(studies, out, "studies", "study")
     names = [one["study"] for one in studies]
     write_manifest({
         "schema": 1, "data": {one["data"]: {"test": one["test"]} for one in studies},

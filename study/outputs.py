@@ -6,6 +6,7 @@ that differs from the one already there in `seconds` and `commit` alone is left 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -33,6 +34,31 @@ _PATH = re.compile(r"(?<![\w.$/])/(?:[\w.@+-]+/)*[\w.@+-]+")
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """A csv of `table`, numbers to 6 significant digits, whole or not at all."""
     schema.write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def merge_table(table: pd.DataFrame, path: Path, key: str) -> None:
+    """`write_table`, but rows of other runs that are there stay: a study is tabulated in parts. Sorted by `key`.
+
+    Args: key: the column that names the run, or the study.
+    """
+    import pandas as pd
+
+    def read(source: Any) -> pd.DataFrame:
+        return pd.read_csv(source, dtype=str, keep_default_na=False)  # as text: what stays keeps its bytes
+
+    new = read(io.StringIO(table.to_csv(index=False, float_format="%.6g", lineterminator="\n")))
+    if path.is_file():
+        old = read(path)
+        new = pd.concat([old[~old[key].isin(new[key])], new], ignore_index=True)
+    write_table(new.sort_values(key, kind="stable"), path)
+
+
+def merge_rows(rows: list[dict[str, Any]], folder: Path, name: str, key: str) -> list[dict[str, Any]]:
+    """The list `name` of the manifest in `folder` with `rows` in the place of those of the same `key`."""
+    path = folder / "manifest.json"
+    old = json.loads(path.read_text(encoding="utf-8"))[name] if path.is_file() else []
+    new = {row[key] for row in rows}
+    return sorted([*(row for row in old if row[key] not in new), *rows], key=lambda row: str(row[key]))
 
 
 def write_json(content: Any, path: Path, runs: Sequence[str] = ()) -> None:

@@ -172,6 +172,9 @@ def test_distillations_become_three_tables(study: dict[str, ModuleType], tmp_pat
     ]
     made = json.loads((tmp_path / "out" / "manifest.json").read_text())["arms"]
     assert [one["command"][-1] for one in made] == [f"runs/vit-to-vit/distil/freqkd-{seed}" for seed in (0, 1)]
+    first = contents(tmp_path / "out")
+    study["distilled"].body([str(other)], tmp_path / "out")
+    assert contents(tmp_path / "out") == first, "rows of runs that are not named stay"
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="no finished distillation"):
         study["distilled"].body([str(tmp_path / "empty")])
