@@ -3,7 +3,7 @@
     python study/distilled.py runs/vit-to-vit/distil/freqkd-0 runs/vit-to-vit/distil/mse-0 ...
 
 Rows of runs that are not named stay.
-`heldout.csv`  teacher(RGB) against student(IR) before and after, mean over taps, from each run's manifest
+`heldout.csv`  teacher(RGB) against student(IR) before and after, mean over taps; and after against the arm `mse`
 `terms.csv`    the loss by step and band, summed over taps, as the loss adds it up (its weights included), first seed
 `shares.csv`   each tap's and band's share of the gradient at the student's features, where a run measured it
 """
@@ -19,8 +19,9 @@ from typing import Any
 import pandas as pd
 from outputs import RESULTS, main, merge_rows, merge_table, started, write_manifest
 
-from freqkd_analysis import provenance
+from freqkd_analysis import comparison, provenance
 from freqkd_analysis.errors import RunError
+from freqkd_train.heldout import told as heldout_rows
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -44,6 +45,18 @@ def arm(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
     trained = "" if made["student"]["trained"] else ", random start"
     return {"run": f"{study}/{folder.name}", "study": study, "arm": name, "seed": int(seed),
             "teacher": made["teacher"]["name"], "student": made["student"]["name"] + trained}  # fmt: skip
+
+
+def to_mse(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """(measure, band) -> how much further from the teacher an arm left the same held-out pairs than `mse` did, with the
+    interval over groups; below 0 is closer. Empty where no `mse` of the same study and seed is there."""
+    other = folder.with_name(f"mse-{folder.name.rpartition('-')[2]}")
+    if folder == other or not (other / "heldout").is_dir():
+        return {}
+    table = comparison.compare(folder / "heldout" / "after", other / "heldout" / "after")
+    rows = heldout_rows(table.rename(columns={"a": "after", "b": "before"}))
+    return {(row["measure"], row["band"]): {"to_mse": row["change"], "to_mse_low": row["ci_low"],
+                                            "to_mse_high": row["ci_high"]} for row in rows}  # fmt: skip
 
 
 def command(name: str, made: dict[str, Any]) -> list[str]:
@@ -97,7 +110,8 @@ def body(folders: list[str], out: Path = RESULTS / "distilled") -> None:
     for folder in sorted(Path(folder).absolute() for folder in folders):
         made = read(folder)
         told = arm(folder, made)
-        heldout += [told | row for row in made["heldout"]]
+        gaps = to_mse(folder)
+        heldout += [told | row | gaps.get((row["measure"], row["band"]), {}) for row in made["heldout"]]
         if told["seed"] == 0:  # the curves of other seeds look the same and are many
             more = learned(folder, told["run"])
             terms += more[0]

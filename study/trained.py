@@ -25,10 +25,20 @@ def heldout() -> str:
         row = [f"`{study}`", f"`{name}`"]
         for band in HELD:
             seeds = some[some["band"] == band].sort_values("seed").to_dict("records")
-            row += [f"{seeds[0]['before']:.3f} to {seeds[0]['after']:.3f}, {change(seeds[0])}", over(seeds)]
+            row += [f"{seeds[0]['before']:.3f}, {change(seeds[0])}", gap(seeds[0]), over(seeds)]
         rows.append(row)
-    heads = [text for band in HELD for text in (f"{band} band", f"{band}, mean of seeds")]
+    heads = [text for band in HELD for text in (f"{band} band: before, change", f"{band}: to `mse`",
+                                                f"{band}: change, mean of seeds")]  # fmt: skip
     return markdown(["study", "arm", *heads], rows)
+
+
+def gap(row: dict[str, Any]) -> str:
+    """The difference to `mse` with its interval; bold where the interval leaves out 0."""
+    if row["to_mse"] == "":
+        return ""
+    value, low, high = (float(row[name]) for name in ("to_mse", "to_mse_low", "to_mse_high"))
+    text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def over(seeds: list[dict[str, Any]]) -> str:

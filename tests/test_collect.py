@@ -180,6 +180,26 @@ def test_distillations_become_three_tables(study: dict[str, ModuleType], tmp_pat
         study["distilled"].body([str(tmp_path / "empty")])
 
 
+def test_an_arm_is_held_against_mse_of_its_own_study_and_seed(
+    study: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, other, *_ = [
+        distillation(tmp_path / "a-to-b" / "distil", name) for name in ("freqkd-1", "mse-1", "mse-0", "freqkd-2")
+    ]
+    (other / "heldout").mkdir()
+
+    def compare(first: Path, second: Path) -> pd.DataFrame:
+        assert (first, second) == (arm / "heldout/after", other / "heldout/after"), "the arm less mse"
+        row = {"condition": "mean_removed", "layer": "all", "measure": "calibrated cosine", "band": "low", "a": 0.4,
+               "b": 0.3, "difference": 0.1, "ci_low": 0.05, "ci_high": 0.2, "n": 4, "groups": 3}  # fmt: skip
+        return pd.DataFrame([row, row | {"layer": "2", "difference": 9.0}])
+
+    monkeypatch.setattr(study["distilled"].comparison, "compare", compare)
+    found = study["distilled"].to_mse(arm)
+    assert found == {("calibrated cosine", "low"): {"to_mse": 0.1, "to_mse_low": 0.05, "to_mse_high": 0.2}}
+    assert study["distilled"].to_mse(other) == {} == study["distilled"].to_mse(tmp_path / "a-to-b/distil/freqkd-2")
+
+
 def test_a_curve_is_read_at_no_more_than_its_rate(study: dict[str, ModuleType]) -> None:
     """Two images, two persons: found at 0.9, a false one at 0.8, found at 0.7; so 0.5 up to the rate 0.5, then 0."""
     truth = make_truth(["a", "b"], classes=["person"], image=[0, 1], category=[0, 0], box=[[100, 100, 30, 80]] * 2)
