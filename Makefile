@@ -38,7 +38,7 @@ lock: test-install
 # Known weaknesses of the locked versions. Asks the package index: the one target beside set-up that needs a network.
 audit: test-install
 	@$(BIN)/python -m pip install --quiet "pip-audit>=2.9"
-	@$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock $(ARGS)
+	@$(BIN)/python tools/audit.py $(ARGS)
 
 # The runs behind RESULTS.md that are not in runs/ yet (ONLY='vit* lite0': some), then the tables. SUBSETS and DETECTORS
 # read the data's lists.
