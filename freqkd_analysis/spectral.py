@@ -243,10 +243,16 @@ def _amplitudes(bands: Bands) -> tuple[np.ndarray, list[tuple[int, int]], tuple[
     return np.where(sines, mirrored, same), [(int(i), int(j)) for i, j in turns], (h, w), rest
 
 
+_TINY = np.finfo(np.float64).tiny
+"""Under a quotient that may be 0 / 0, so small that no unit of the images meets it."""
+
+
 def phase_correlation(a_HW: np.ndarray, b_HW: np.ndarray, max_shift: int = 24) -> tuple[float, float, float]:
     """One global translation between two images of unlike contrast, by partly whitened phase correlation.
 
-    Works on gradient magnitudes (blind to the sign of contrast), tapered at the border.
+    Works on square roots of gradient magnitudes (blind to the sign of contrast) less their mean, tapered at the border.
+    Their cross spectrum X is turned to X |X|^-0.75 exp(-f^2 / (2 0.15^2)), f in cycles per px; the shift is the highest
+    place of its inverse transform.
 
     Args: two (H, W) images, any unit. max_shift: largest shift looked for, px.
     Returns: (dx, dy, confidence). Moving b by (dx, dy) px (positive right, down) brings it onto a; confidence is the
@@ -270,7 +276,7 @@ def phase_correlation(a_HW: np.ndarray, b_HW: np.ndarray, max_shift: int = 24) -
     cross = spectra[0] * spectra[1].conj()
     # Fine detail of two sensors agrees by chance alone; what is left above 0.15 cycles per px only adds noise.
     smooth = np.exp(-0.5 * (np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) / 0.15) ** 2)
-    surface = np.fft.irfft2(smooth * cross / np.maximum(np.abs(cross), 1e-12) ** 0.75, s=(height, width))
+    surface = np.fft.irfft2(smooth * cross / np.maximum(np.abs(cross), _TINY) ** 0.75, s=(height, width))
     return _peak(np.fft.fftshift(surface), max_shift)
 
 
@@ -281,7 +287,7 @@ def _peak(surface: np.ndarray, reach: int) -> tuple[float, float, float]:
     row, column = np.unravel_index(np.argmax(near), near.shape)
     middle = np.median(near)
     spread = 1.4826 * np.median(np.abs(near - middle))
-    confidence = float((near[row, column] - middle) / max(spread, 1e-12))
+    confidence = float((near[row, column] - middle) / max(spread, _TINY))
     shift = [float(row - ry), float(column - rx)]
     for axis, (place, size) in enumerate(zip((row, column), near.shape, strict=True)):
         if 0 < place < size - 1:  # vertex of the parabola through the peak and its neighbours
