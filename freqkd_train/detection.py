@@ -150,12 +150,12 @@ def build(
         torch.manual_seed(seed)
         common = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": detections}
         if kind == "faster_rcnn":
-            heads: nn.Module = ignored.spare(FasterRCNN(
+            heads: Any = FasterRCNN(
                 given, rpn_anchor_generator=anchors, box_roi_pool=Regions(backbone.strides, backbone.units),
                 box_head=TwoMLPHead(backbone.out_channels * POOLED**2, hidden),
                 box_predictor=FastRCNNPredictor(hidden, classes + 1), box_batch_size_per_image=regions,
                 **{f"box_{k}": v for k, v in common.items()},
-            ))  # fmt: skip
+            )  # fmt: skip
         elif kind == "retinanet":
             head = RetinaNetHead(backbone.out_channels, anchors.num_anchors_per_location()[0], classes,
                                  norm_layer=partial(nn.GroupNorm, GROUPS))  # fmt: skip
@@ -165,7 +165,7 @@ def build(
     heads.transform = AsIs()
     settings = {"classes": classes, "anchors": [list(sizes) for sizes in anchors.sizes], "ratios": list(ratios),
                 "hidden": hidden, "regions": regions, "score": score, "nms": nms, "detections": detections}  # fmt: skip
-    return Detector(kind, backbone, heads, settings)
+    return Detector(kind, backbone, ignored.spare(heads), settings)
 
 
 def anchors_for(kind: str, backbone: Backbone, ratios: Sequence[float] = RATIOS) -> Anchors:

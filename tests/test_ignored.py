@@ -1,4 +1,4 @@
-"""Regions to ignore: neither the proposals nor the region head learn that they are background."""
+"""Regions to ignore: no head of any detector learns that they are background."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from freqkd_train import detection, ignored
 from freqkd_train.pyramid import Backbone
 
 
-@pytest.fixture
-def step():
+def made(kind):
     import timm
 
     network = timm.create_model("resnet10t", num_classes=0).eval()
-    detector = detection.build("faster_rcnn", Backbone(network, (64, 64), channels=32), 2, hidden=16, regions=64)
+    detector = detection.build(kind, Backbone(network, (64, 64), channels=32), 2, hidden=16, regions=64)
     return detection.DetectionStep(detector, 0.0)
+
+
+@pytest.fixture
+def step():
+    return made("faster_rcnn")
 
 
 def watched(step, target):
@@ -47,6 +51,51 @@ def test_what_lies_in_a_region_is_no_example(step):
     # The box itself is learned, though the whole image be a region.
     everything = watched(step, box | {"ignored": torch.tensor([[0.0, 0, 64, 64]])})
     assert (everything["head"][0] == 1).any() and not (everything["head"][0] == 0).any()
+
+
+def pulled(step, targets):
+    """(B, N) whether the classification loss pulls at each anchor's logits, and the anchors (N, 4)."""
+    seen = {}
+
+    def keep(head, inputs, output):
+        output["cls_logits"].retain_grad()
+        seen["logits"] = output["cls_logits"]
+
+    heads = step.detector.heads
+    handles = [
+        heads.head.register_forward_hook(keep),
+        heads.anchor_generator.register_forward_hook(lambda m, i, output: seen.update(anchors=output[0])),
+    ]
+    torch.manual_seed(0)
+    ids, images = [str(i) for i in range(len(targets))], torch.randn(len(targets), 3, 64, 64)
+    loss = step({"ids": ids, "images": images, "targets": targets})["terms"]["classification"]
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert torch.isfinite(loss)
+    return (seen["logits"].grad != 0).any(dim=2), seen["anchors"]
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_a_one_stage_detector_learns_nothing_of_an_object_in_a_region(kind):
+    step = made(kind)
+    box = {"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([1])}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    region = torch.tensor([[32.0, 0, 64, 40]])
+    before, anchors = pulled(step, [box, nothing])
+    after, _ = pulled(step, [box | {"ignored": region}, nothing])
+    if kind == "fcos":
+        x, y = (anchors[:, :2] + anchors[:, 2:]).T / 2
+        within = (x > 32) & (y < 40)
+    else:
+        near, far = anchors[:, :2].maximum(region[:, :2]), anchors[:, 2:].minimum(region[:, 2:])
+        within = (far - near).clamp_min(0).prod(1) >= 0.5 * (anchors[:, 2:] - anchors[:, :2]).prod(1)
+    assert before[:, within].all() and within.any() and not within.all()
+    assert not after[0, within].any()
+    assert torch.equal(after[0, ~within], before[0, ~within]) and after[1].all(), "the rest learns as before"
+    # An object of its own is learned, though the whole image be a region.
+    everything, _ = pulled(step, [box | {"ignored": torch.tensor([[0.0, 0, 64, 64]])}, nothing])
+    assert 0 < everything[0].sum() < len(within) / 4
 
 
 def test_a_region_of_another_image_spares_nothing_here(step):
