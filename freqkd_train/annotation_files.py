@@ -64,7 +64,7 @@ class Marked(NamedTuple):
 class CocoImage:
     """One image of a COCO file: its id and name as written, and what else the file tells."""
 
-    id: str
+    id: int | str
     name: str
     marked: Marked
     group: str = ""
@@ -77,6 +77,8 @@ class Coco:
 
     images: tuple[CocoImage, ...]
     labels: tuple[str, ...]
+    categories: tuple[int | str, ...]
+    """The id of each label, as written."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -199,7 +201,8 @@ def coco(path: Path) -> Coco:
         content = json.loads(text)
         images, categories = content["images"], content["categories"]
         rows = list(content["annotations"] if "annotations" in content else content["annotation"])
-        labels = {str(row["id"]): str(row["name"]) for row in sorted(categories, key=lambda row: row["id"])}
+        categories = sorted(categories, key=lambda row: row["id"])
+        labels = {str(row["id"]): str(row["name"]) for row in categories}
         keys = ("file_name", "filename", "im_name")
         named = [(str(row["id"]), str(next(row[key] for key in keys if key in row)), row) for row in images]
     except (ValueError, KeyError, TypeError, StopIteration, AttributeError, RecursionError) as error:
@@ -212,10 +215,8 @@ def coco(path: Path) -> Coco:
         raise AnnotationError(f"{path}: {len(named) - len(marks)} image ids occur more than once; make them unique.")
     for number, row in enumerate(rows):
         _add(marks, labels, row, f"{path}, annotation {number}")
-    found = [
-        _coco_image(number, name, row, marks[number], f"{path}, image {one_line(name)}") for number, name, row in named
-    ]
-    return Coco(tuple(found), tuple(labels.values()))
+    found = [_coco_image(name, row, marks[number], f"{path}, image {one_line(name)}") for number, name, row in named]
+    return Coco(tuple(found), tuple(labels.values()), tuple({str(row["id"]): row["id"] for row in categories}.values()))
 
 
 def _add(marks: dict[str, list[Mark]], labels: Mapping[str, str], row: Any, where: str) -> None:
@@ -237,11 +238,21 @@ def _add(marks: dict[str, list[Mark]], labels: Mapping[str, str], row: Any, wher
     marks[image].append(Mark(labels[category], *_numbers(box, where), occlusion, ignore))
 
 
-def _coco_image(number: str, name: str, row: Mapping[str, Any], marks: list[Mark], where: str) -> CocoImage:
+def _coco_image(name: str, row: Mapping[str, Any], marks: list[Mark], where: str) -> CocoImage:
     size = _size([row.get("width"), row.get("height")], where)
     group = next((str(row[key]) for key in ("group", "video_id", "video") if row.get(key) is not None), "")
     time = str(row.get("day_night") or row.get("time") or "")
-    return CocoImage(number, name, Marked(marks, size), group, time)
+    return CocoImage(row["id"], name, Marked(marks, size), group, time)
+
+
+def policy(rules: Mapping[str, str]) -> str:
+    """What becomes of each label, as a card tells it.
+
+    Example:
+        >>> policy({"person": "train", "people": "ignore"})
+        'person=train,people=ignore'
+    """
+    return ",".join(f"{label}={action}" for label, action in rules.items())
 
 
 def digest(marks: Mapping[str, Iterable[Mark]], rules: Mapping[str, str]) -> str:

@@ -34,6 +34,14 @@ _M3FD = ("People", "Car", "Bus", "Motorcycle", "Lamp", "Truck")
 
 
 @dataclass(frozen=True)
+class Ids:
+    """The ids of a json for images, by the name of their record, and for labels; empty where no one json tells them."""
+
+    images: Mapping[str, int | str] = field(default_factory=dict)
+    categories: Mapping[str, int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Found:
     """What a layout holds for a split, before policy and cleaning."""
 
@@ -54,6 +62,7 @@ class Found:
     known: Mapping[str, Any] = field(default_factory=dict)
     """Published: frames, labels (boxes of each), sha256."""
     warnings: tuple[str, ...] = ()
+    ids: Ids = field(default_factory=Ids)
 
 
 def kaist(arguments: Sequence[str], split: str, wanted: str) -> Found:
@@ -61,10 +70,11 @@ def kaist(arguments: Sequence[str], split: str, wanted: str) -> Found:
     base = listing.existing(arguments[0])
     name, source = kaist_annotations.source(base, wanted, split)
     frames, records, lost = kaist_annotations.records(base, arguments[1:], split, name)
+    ids = Ids()
     if source.is_dir():
         marked = [_parsed(kaist_annotations.file(source, record.id)) for record in records]
     elif source.name.endswith(".json"):
-        marked = _by_name([source], records)
+        marked, ids = _by_name([files.coco(source)], records)
     else:
         marked = kaist_annotations.tabled(source, [record.id for record in records])
     records, read, left = _annotated(records, marked, f"{source}/setXX/VXXX/I#####.txt" if source.is_dir() else source)
@@ -74,7 +84,8 @@ def kaist(arguments: Sequence[str], split: str, wanted: str) -> Found:
         name = "improved" if content == kaist_annotations.IMPROVED_SHA256 else name
     # The published protocol tests bounds on boxes as they stand, some of which reach beyond the image: none is cut.
     return Found(name, frames, records, read, rules=kaist_annotations.RULES, box_source="both", sequences=True,
-                 edges="keep", known=kaist_annotations.known(name, frames), warnings=(*lost, *left))  # fmt: skip
+                 edges="keep", known=kaist_annotations.known(name, frames), warnings=(*lost, *left),
+                 ids=ids)  # fmt: skip
 
 
 def flir(arguments: Sequence[str], split: str, wanted: str) -> Found:
@@ -87,8 +98,9 @@ def flir(arguments: Sequence[str], split: str, wanted: str) -> Found:
     records = _of_split(layouts.load(f"flir:{base}", missing.extend), parts, split, base)
     aligned = listing.child(base, "align") or base
     folder = listing.child(aligned, "Annotations") or aligned / "Annotations"
+    ids = Ids()
     if wanted not in ("", "xml"):
-        marked, looked = _by_name(_jsons(aligned, wanted), records), wanted
+        (marked, ids), looked = _by_name(map(files.coco, _jsons(aligned, wanted)), records), wanted
     else:
         named = [(folder / f"{record.ir.stem}.xml", folder / f"{record.id}.xml") for record in records]
         marked = [_parsed(next((path for path in paths if path.is_file()), None)) for paths in named]
@@ -96,7 +108,7 @@ def flir(arguments: Sequence[str], split: str, wanted: str) -> Found:
     records, read, left = _annotated(records, marked, looked)
     known: dict[str, Any] = {"frames": 4129} if split == "train" else {"frames": 1013, "labels": _FLIR_TEST}
     rules = {"person": "train", "bicycle": "train", "car": "train", "dog": "ignore"}
-    return Found(f"v1 aligned, {wanted or 'xml'}", split, records, read, rules=rules, known=known,
+    return Found(f"v1 aligned, {wanted or 'xml'}", split, records, read, rules=rules, known=known, ids=ids,
                  warnings=(*_lost(missing), *left))  # fmt: skip
 
 
@@ -106,11 +118,13 @@ def _flir_v2(base: Path, split: str) -> Found:
         raise AnnotationError(f'no boxes of FLIR v2 for the split "{split}" in {base}; looked for '
                               f"{folder.name}/coco.json (splits: train, val, test).")  # fmt: skip
     # Visible frames of the video pairs differ in size and are not registered: boxes hold for the thermal ones alone.
-    records, missing = _single(files.coco(folder / "coco.json").images, folder, "flir")
-    marked = _by_name([folder / "coco.json"], records)
+    boxes = files.coco(folder / "coco.json")
+    records, missing = _single(boxes.images, folder, "flir")
+    marked, ids = _by_name([boxes], records)
     records, read, left = _annotated(records, marked, folder / "coco.json")
     return Found("v2 coco.json", split, records, read, rules=dict.fromkeys(_FLIR_V2, "train"), sequences=True,
-                 known={"frames": 3749} if split == "test" else {}, warnings=(*_lost(missing), *left))  # fmt: skip
+                 known={"frames": 3749} if split == "test" else {}, ids=ids,
+                 warnings=(*_lost(missing), *left))  # fmt: skip
 
 
 def mfnet(arguments: Sequence[str], split: str, wanted: str) -> Found:
@@ -199,10 +213,11 @@ def coco(arguments: Sequence[str], split: str, wanted: str) -> Found:
         records = [_told(by_name[stem], *extra[stem]) for stem in stems if stem in by_name]
         missing += [f"{stem} (no pair)" for stem in stems if stem not in by_name]
     rules = {label: "ignore" if label.lower() in files.REGIONS else "train" for label in read.labels}
-    records, marked, left = _annotated(records, _by_name([Path(name)], records), name)
+    marks, ids = _by_name([read], records)
+    records, marked, left = _annotated(records, marks, name)
     told = bool(records) and all(image.group for image in read.images)
     return Found(Path(arguments[-1]).name, split, records, marked, rules=rules, box_source="", sequences=told,
-                 warnings=(*_lost(missing), *left))  # fmt: skip
+                 ids=ids, warnings=(*_lost(missing), *left))  # fmt: skip
 
 
 SETS: dict[str, tuple[Callable[[Sequence[str], str, str], Found], str]] = {
@@ -223,8 +238,9 @@ def _masked(
 ) -> Found:
     """Label images as they are, boxes around their parts, or the boxes of a json for the same frames."""
     if wanted not in ("", "masks", "boxes"):
-        records, read, left = _annotated(records, _by_name(_jsons(base, wanted), records), wanted)
-        return Found(wanted, split, records, read, rules=_things(), box_source="", warnings=left)
+        marks, ids = _by_name(map(files.coco, _jsons(base, wanted)), records)
+        records, read, left = _annotated(records, marks, wanted)
+        return Found(wanted, split, records, read, rules=_things(), box_source="", warnings=left, ids=ids)
     there = [record for record in records if where(record).is_file()]
     if not there:
         raise AnnotationError(
@@ -278,16 +294,25 @@ def _jsons(base: Path, wanted: str) -> list[Path]:
     return found
 
 
-def _by_name(paths: Iterable[Path], records: Sequence[PairRecord]) -> list[Marked | None]:
+def _by_name(boxes: Iterable[files.Coco], records: Sequence[PairRecord]) -> tuple[list[Marked | None], Ids]:
     """The marks of each record in json files that name images, whatever folder, ending or modality the name has."""
-    found: dict[str, Marked] = {}
-    for path in paths:
-        for image in files.coco(path).images:
-            found[_key(image.name)] = image.marked
-    return [found.get(_key(record.id)) for record in records]
+    boxes = list(boxes)
+    found = {key(image.name): image for one in boxes for image in one.images}
+    images = [found.get(key(record.id)) for record in records]
+    ids = Ids()
+    if len(boxes) == 1:
+        ids = Ids({record.id: image.id for record, image in zip(records, images, strict=True) if image},
+                  dict(zip(boxes[0].labels, boxes[0].categories, strict=True)))  # fmt: skip
+    return [image.marked if image else None for image in images], ids
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
+    """What names an image whatever its folder, ending and modality.
+
+    Example:
+        >>> key("set06/V000/lwir/I00019.jpg"), key("images/street_ir.png")
+        ('set06/V000/I00019', 'street')
+    """
     frame = kaist_annotations.FRAME.search(name)
     return "/".join(frame.groups()) if frame else listing.bare(Path(name).stem if "." in name else Path(name).name)
 

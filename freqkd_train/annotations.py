@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import first, nearest
 from freqkd_train import annotation_files
 from freqkd_train.annotation_files import AnnotationError, Mark, digest, read_mask
-from freqkd_train.annotation_sets import SETS, Found
+from freqkd_train.annotation_sets import SETS, Found, Ids
 from freqkd_train.downstream import Targets
 from freqkd_train.metrics.boxes import EVERY_CLASS, Truth, make_truth
 
@@ -48,6 +48,7 @@ class Target:
     classes: tuple[str, ...]
     card: dict[str, Any]
     """data_set, annotation_set, annotation_sha256, split, frames, classes, policy, box_source; counts; warnings."""
+    ids: Ids = field(default_factory=Ids)
 
     def take(self, images: Sequence[int] | np.ndarray) -> Target:
         """Only these images, in this order; the card says how many of how many, and which (a digest of the names)."""
@@ -160,7 +161,7 @@ def _boxed(found: Found, layout: str, policy: str, edges: str) -> Target:
             for record, one, (w, h) in zip(found.records, found.marked, sizes, strict=True)
             if one.size and one.size != (w, h)]  # fmt: skip
 
-    box, clean, cleaning = _cleaned(image, labels, box, sizes, edges)
+    box, clean, cleaning = cleaned(image, labels, box, sizes, edges)
     action = [rules.get(label, "ignore") for label in labels]
     kept = clean & np.array([a != "drop" for a in action], bool)
     classes, category, ignore = _categories(labels, action, marks, rules)
@@ -171,7 +172,7 @@ def _boxed(found: Found, layout: str, policy: str, edges: str) -> Target:
         times=[record.time for record in found.records], sizes=sizes,
     )  # fmt: skip
     content = digest({r.id: one.marks for r, one in zip(found.records, found.marked, strict=True)}, found.rules)
-    card = _card(found, layout, classes, ",".join(f"{label}={what}" for label, what in rules.items()), content)
+    card = _card(found, layout, classes, annotation_files.policy(rules), content)
     card |= {"labels": dict(Counter(labels).most_common()), **cleaning, **_counts(truth)}
     card["dropped_by_policy"] = int((clean & ~kept).sum())
     strange = sorted(set(labels) - set(rules))
@@ -181,7 +182,7 @@ def _boxed(found: Found, layout: str, policy: str, edges: str) -> Target:
         *([f"{len(told)} images are not of the size the annotations tell: {first(told)}"] if told else []),
     ]  # fmt: skip
     name = f"{layout}-{found.annotation_set}-{found.split}".replace(" ", "-").replace(",", "")
-    return Target(name, tuple(found.records), truth, None, classes, card)
+    return Target(name, tuple(found.records), truth, None, classes, card, found.ids)
 
 
 def _rules(policy: str, rules: Mapping[str, str]) -> dict[str, str]:
@@ -208,7 +209,7 @@ def _rules(policy: str, rules: Mapping[str, str]) -> dict[str, str]:
     return made
 
 
-def _cleaned(
+def cleaned(
     image: np.ndarray, labels: list[str], box: np.ndarray, sizes: np.ndarray, edges: str
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Boxes (M, 4) with `edges` applied, which of them stay (M,), and the counts of what was wrong."""

@@ -78,7 +78,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"no {evaluate.METRICS} in {folder}; expected the folder of `freqkd-train evaluate`.")
     target = {"spec": str, "split": str, "annotations": str, "policy": str}
-    shape = {"method": str, "seed": int, "task": str, "protocol": str, "card": dict, "target": target}
+    shape: dict[str, Any] = {"method": str, "seed": int, "task": str, "protocol": str, "card": dict, "target": target}
     return provenance.read_object(path, shape, "expected what `freqkd-train evaluate` wrote; evaluate again.")
 
 
@@ -118,6 +118,10 @@ def _figures(runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> tuple[d
     truth = target.truth
     assert truth is not None
     found = [predictions.read(folder, target) for folder in folders]
+    for one, run, folder in zip(found, runs, folders, strict=True):
+        if len(one.score) != run.get("detections"):
+            raise RunError(f"{folder / predictions.PREDICTIONS} holds {len(one.score)} detections, {evaluate.METRICS} "
+                           f"tells of {run.get('detections')}; {predictions.AGAIN}")  # fmt: skip
     unit = intervals.units(truth)
     figures = score.precisions(truth, found, runs[0]["protocol"], unit)
     if runs[0]["protocol"] == "kaist":

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from freqkd_analysis import provenance, schema, terminal
+from freqkd_analysis import schema, terminal
 from freqkd_analysis.errors import RunError
 from freqkd_train import annotations as annotated
 from freqkd_train import assembly, detection, segmentation
 from freqkd_train.annotations import Target
 from freqkd_train.metrics import miou
-from freqkd_train.metrics.boxes import Detections, make_detections
+from freqkd_train.metrics.boxes import Detections
+from freqkd_train.result_files import Annotations, ResultError, read_results
 
 PREDICTIONS, CONFUSIONS = "predictions.json", "confusions.npy"
 AGAIN = "evaluate again."
@@ -49,23 +50,37 @@ def confusions(built: assembly.Built, target: Target, size: int) -> np.ndarray:
 
 
 def write(folder: Path, target: Target, found: Detections) -> None:
-    """predictions.json: images by name, then one entry a detection, x, y, w, h in px."""
-    rows = {"names": [record.id for record in target.records], "image": found.image.tolist(),
-            "category": found.category.tolist(), "box": found.box.round(3).tolist(),
-            "score": found.score.round(6).tolist()}  # fmt: skip
+    """predictions.json, a COCO result list: image_id, category_id, bbox x, y, w, h in px of the image, score.
+
+    Ids are those of the annotations where these are one json; else an image's name, and classes counted from 1.
+    """
+    images = [target.ids.images.get(record.id, record.id) for record in target.records]
+    kinds = _categories(target)
+    rows = [{"image_id": images[image], "category_id": kinds[category], "bbox": box, "score": score}
+            for image, category, box, score in zip(found.image.tolist(), found.category.tolist(),
+                                                   found.box.round(3).tolist(), found.score.round(6).tolist(),
+                                                   strict=True)]  # fmt: skip
     schema.write_text(folder / PREDICTIONS, json.dumps(rows) + "\n")
 
 
 def read(folder: Path, target: Target) -> Detections:
-    """predictions.json again. Raises RunError when there is none, or it is of other images."""
+    """predictions.json again. Raises RunError when there is none, or it is damaged or of other images."""
     path = folder / PREDICTIONS
     if not path.is_file():
         raise RunError(f"no {PREDICTIONS} in {folder}; expected the folder of an evaluation.")
-    shape = {"names": [str], "image": [int], "category": [int], "box": [[(int, float)]], "score": [(int, float)]}
-    rows = provenance.read_object(path, shape, AGAIN)
-    if rows["names"] != [record.id for record in target.records]:
-        raise RunError(f"{path} is of other images than {target.name}.")
-    return make_detections(image=rows["image"], category=rows["category"], box=rows["box"], score=rows["score"])
+    assert target.truth is not None
+    images = {str(target.ids.images.get(record.id, record.id)): n for n, record in enumerate(target.records)}
+    kinds = {str(kind): number for number, kind in enumerate(_categories(target))}
+    known = Annotations(target.truth, images, kinds, False, target.name, str(target.card["annotation_sha256"]),
+                        str(target.card["policy"]))  # fmt: skip
+    try:
+        return read_results(path, known)
+    except ResultError as error:
+        raise RunError(f"{str(error).rstrip('.')}; {AGAIN}") from None
+
+
+def _categories(target: Target) -> list[int | str]:
+    return [target.ids.categories.get(name, number) for number, name in enumerate(target.classes, start=1)]
 
 
 def write_confusions(folder: Path, matrices: np.ndarray) -> None:

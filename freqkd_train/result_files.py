@@ -1,7 +1,7 @@
 """Anybody's annotations and detections as files: KAIST and COCO json, lists of detections. Every error names the line.
 
 Image numbers of the text form `image,x,y,w,h,score` count from 1 in the order of the KAIST list; for other annotations
-the first column is the image's id or name as it stands in the annotation file. Json entries carry ids always.
+the first column is the image's id or name as it stands in the annotation file. Json entries carry either always.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from freqkd_analysis.errors import FreqkdError, first, nearest
-from freqkd_analysis.provenance import sha256_file, sha256_lines
-from freqkd_train import annotation_files
+from freqkd_train import annotation_files, annotation_sets, kaist_annotations
+from freqkd_train import annotations as annotated
 from freqkd_train.annotation_files import one_line
 from freqkd_train.metrics.boxes import EVERY_CLASS, BoxError, Detections, Truth, make_detections, make_truth
 
@@ -44,6 +44,9 @@ class Annotations:
     """Whether it is the KAIST json, whose detection lists count images from 1."""
     name: str
     sha256: str
+    """`annotation_files.digest`, the same as in an evaluation on these annotations."""
+    policy: str
+    """What becomes of each label; and how many boxes stand as they are in the file that an evaluation would change."""
 
 
 def read_annotations(path: Path) -> Annotations:
@@ -69,14 +72,17 @@ def read_annotations(path: Path) -> Annotations:
     else:
         classes = tuple(name for name in coco.labels if name.lower() not in annotation_files.REGIONS)
         place = {name: classes.index(name) if name in classes else EVERY_CLASS for name in coco.labels}
+    marked = [image.marked for image in coco.images]
     truth = _truth(
-        path, names, classes, place, [image.marked for image in coco.images],
+        path, names, classes, place, marked,
         [image.group or _group(image.name) for image in coco.images],
         [image.time.lower() if image.time.lower() in ("day", "night") else _time(image.name) for image in coco.images],
     )  # fmt: skip
     ids = {str(image.id): number for number, image in enumerate(coco.images)}
     categories = {key: place[name] for key, name in labels.items()}
-    return Annotations(truth, ids, categories, is_kaist, path.name, sha256_file(path))
+    rules = kaist_annotations.RULES if is_kaist else {
+        name: "train" if name in classes else "ignore" for name in coco.labels}  # fmt: skip
+    return Annotations(truth, ids, categories, is_kaist, path.name, *_told(truth, marked, rules))
 
 
 def _bbgt_folder(folder: Path) -> Annotations:
@@ -92,9 +98,21 @@ def _bbgt_folder(folder: Path) -> Annotations:
     others = {mark.label for one in marked for mark in one.marks} - {"person"}
     place = {"person": 0, **dict.fromkeys(others, EVERY_CLASS)}
     truth = _truth(folder, names, ("person",), place, marked, [_group(n) for n in names], [_time(n) for n in names])
-    sha = sha256_lines(f"{name} {sha256_file(found[name])}" for name in names)
     ids = {str(number): number for number in range(len(names))}
-    return Annotations(truth, ids, {"1": 0}, True, folder.name, sha)
+    return Annotations(truth, ids, {"1": 0}, True, folder.name, *_told(truth, marked, kaist_annotations.RULES))
+
+
+def _told(truth: Truth, marked: Sequence[annotation_files.Marked], rules: Mapping[str, str]) -> tuple[str, str]:
+    """Digest and policy, for a card, in the words of an evaluation. Boxes stay as they are: so do published figures."""
+    keys = [annotation_sets.key(name) for name in truth.names]
+    names = keys if len(set(keys)) == len(keys) else truth.names
+    content = annotation_files.digest({n: one.marks for n, one in zip(names, marked, strict=True)}, rules)
+    sizes = np.where(truth.sizes > 0, truth.sizes, np.iinfo(np.int64).max)
+    edges = "keep" if rules is kaist_annotations.RULES else "clip"
+    box, stay, _ = annotated.cleaned(truth.image, list(truth.label), truth.box, sizes, edges)
+    changed = int((~stay | (box != truth.box).any(axis=1)).sum())
+    policy = annotation_files.policy(rules)
+    return content, policy + (f"; {changed} boxes that are empty, twice or beyond their image stay" if changed else "")
 
 
 def _truth(
@@ -139,7 +157,7 @@ def _from_text(path: Path, annotations: Annotations) -> Detections:
             f"{path} line {wide[0]}: expected 6 columns ({COLUMNS}), got {wide[1].count(',') + 1}: {wide[1][:60]!r}."
         )
     cells = ",".join(line for _, line in numbered).split(",") if numbered else []
-    known = {name: number for number, name in enumerate(annotations.truth.names)} | dict(annotations.ids)
+    known = _known(annotations)
     image = [
         _image_of(f"{path} line {line}", cell, known, annotations)
         for (line, _), cell in zip(numbered, cells[::6], strict=True)
@@ -158,6 +176,11 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ResultError(f"no file {path}; expected detections, {COLUMNS} a line or a json list.")
     return annotation_files.read_text(path).splitlines()
+
+
+def _known(annotations: Annotations) -> dict[str, int]:
+    """Image number by id, or by name where that is no id."""
+    return {name: number for number, name in enumerate(annotations.truth.names)} | dict(annotations.ids)
 
 
 def _image_of(where: str, cell: str, known: Mapping[str, int], annotations: Annotations) -> int:
@@ -194,6 +217,7 @@ def _from_json(path: Path, annotations: Annotations) -> Detections:
     entries = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise ResultError(f"{path}: expected a json list of objects with image_id, category_id, bbox and score.")
+    known = _known(annotations)
     image, category, rows = [], [], np.zeros((len(entries), 5))
     for k, entry in enumerate(entries):
         try:
@@ -203,14 +227,14 @@ def _from_json(path: Path, annotations: Annotations) -> Detections:
             raise ResultError(
                 f"{path} entry {k}: expected image_id, category_id, bbox [x, y, w, h] and score, got {one_line(entry)}."
             ) from error
-        if key not in annotations.ids:
+        if key not in known:
             raise ResultError(f'{path} entry {k}: image_id "{one_line(key)}" is not in {annotations.name}.')
         if annotations.categories.get(kind, EVERY_CLASS) == EVERY_CLASS:
             raise ResultError(
                 f'{path} entry {k}: category_id "{one_line(kind)}" is no class of {annotations.name}; known: '
                 f"{first([c for c, number in annotations.categories.items() if number != EVERY_CLASS], 8)}."
             )
-        image.append(annotations.ids[key])
+        image.append(known[key])
         category.append(annotations.categories[kind])
     _require_finite(rows, lambda k: f"{path} entry {k}")
     return make_detections(image, rows[:, :4], rows[:, 4], category)

@@ -186,7 +186,7 @@ def card_of(read: Annotations, protocol: str = "", style: str = "matlab") -> Car
         data_set="KAIST" if read.kaist else Path(read.name).stem, annotation_set=read.name,
         annotation_sha256=read.sha256,
         split="test-all-20" if read.kaist and n == KAIST_TEST_IMAGES else f"the {n} images of the file",
-        policy="person counts, every other label is an ignore region" if read.kaist else "classes as in the file",
+        policy=read.policy,
     )  # fmt: skip
 
 

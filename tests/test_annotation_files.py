@@ -121,7 +121,7 @@ def coco(path: Path, **changes) -> Path:
 
 def test_coco_keeps_the_order_of_images_and_sorts_labels_by_id(tmp_path):
     found = files.coco(coco(tmp_path / "a.json"))
-    assert found.labels == ("person", "dog") and [image.id for image in found.images] == ["7", "3"]
+    assert found.labels == ("person", "dog") and [image.id for image in found.images] == [7, 3]
     a, b = found.images
     assert a.marked == ([Mark("dog", 1, 2, 3, 4, 0, True), Mark("person", 5, 6, 7, 8, 2)], (64, 48))
     assert (a.name, a.time, b.marked) == ("data/a.jpg", "night", ([], None))

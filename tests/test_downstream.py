@@ -220,6 +220,33 @@ def test_a_set_whose_hash_differs_is_refused(trained, capsys, tmp_path):
     assert "expected sha256 abcd" in line and not (tmp_path / "e").exists()
 
 
+def test_pycocotools_takes_predictions_and_tells_the_same_ap(trained, tmp_path, monkeypatch):
+    """predictions.json was a form of its own, which neither pycocotools nor `score` took."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    from freqkd_train import predictions, score
+    from freqkd_train.metrics.boxes import make_detections
+
+    truth = trained / "data/test.json"
+    content = json.loads(truth.read_text())
+    boxes = [row["bbox"] for row in content["annotations"]]
+    found = make_detections([0, 1, 2, 2], [*boxes, [0, 0, 9, 9]], [0.9, 0.4, 0.3, 0.8], [0, 1, 0, 0])
+    monkeypatch.setattr(predictions, "boxes", lambda *arguments: found)
+    ours = evaluate.run(trained / "run", tmp_path / "e", device="cpu")
+    for row in content["annotations"]:
+        row |= {"id": row["id"] + 1, "iscrowd": 0, "area": 400}  # pycocotools takes a match with box 0 for none
+    (tmp_path / "known.json").write_text(json.dumps(content))
+    known = COCO(str(tmp_path / "known.json"))
+    told = COCOeval(known, known.loadRes(str(tmp_path / "e/predictions.json")), "bbox")
+    told.evaluate()
+    told.accumulate()
+    told.summarize()
+    assert 50 < ours["ap50"] < 100 and ours["ap50"] == pytest.approx(100 * told.stats[1])
+    assert ours["ap"] == pytest.approx(100 * told.stats[0])
+    assert score.score(truth, [tmp_path / "e/predictions.json"])["ap50"] == pytest.approx(ours["ap50"])
+
+
 def test_nothing_found_is_ap_0_and_no_crash(trained, tmp_path, monkeypatch):
     from freqkd_train import predictions
     from freqkd_train.metrics.boxes import make_detections

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from freqkd_analysis.errors import FreqkdError
-from freqkd_train import score, score_figures
+from freqkd_train import evaluate, predictions, score, score_figures
+from freqkd_train.annotation_sets import Ids
+from freqkd_train.annotations import Target, load
 from freqkd_train.metrics.boxes import make_detections, make_truth
-from freqkd_train.metrics.card import Card, require_alike
+from freqkd_train.metrics.card import Card, differences, require_alike
 from freqkd_train.result_files import ResultError, read_annotations, read_results
 
 PERSONS = [(0, [100, 100, 30, 80], 0, 0), (1, [200, 100, 40, 90], 1, 0), (3, [50, 200, 30, 70], 0, 0),
@@ -81,6 +85,51 @@ def test_kaist_files_give_the_named_keys_and_the_card(kaist_json: Path, tmp_path
     card = Card.read(got["card"])
     assert card.frames == 4 and card.data_set == "KAIST" and card.classes == ("person",)
     assert len(card.annotation_sha256) == 64 and "matlab" in card.metric and "Reasonable" in card.ignore_rule
+
+
+def kaist_target(kaist_json: Path, root: Path) -> Target:
+    """The same boxes as an evaluation reads them, under the name of an annotation set."""
+    for name in NAMES:
+        video, frame = name.rsplit("/", 1)
+        for modality in ("lwir", "visible"):
+            path = root / "images" / video / modality / f"{frame}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (640, 512)).save(path)
+    shutil.copy(kaist_json, root)
+    return load(f"kaist:{root}", "test", annotations="improved")
+
+
+def test_an_evaluation_on_the_same_annotations_has_a_card_alike(kaist_json: Path, tmp_path: Path) -> None:
+    target = kaist_target(kaist_json, tmp_path / "KAIST")
+    evaluated, scored = evaluate.card_of(target, "kaist"), score.card_of(read_annotations(kaist_json))
+    assert evaluated.annotation_sha256 == scored.annotation_sha256 and evaluated.annotation_set == "improved"
+    assert differences(evaluated, scored) == {} and require_alike([evaluated, scored], ["one", "other"]) == ""
+    content = json.loads(kaist_json.read_text())
+    content["annotations"][0]["bbox"][2] += 1
+    other = score.card_of(read_annotations(lines(tmp_path, json.dumps(content), "moved.json")))
+    assert {"annotation_sha256", "annotation_set"} <= set(differences(evaluated, other))
+    # The very same file, but an evaluation drops a box that is there twice.
+    content["annotations"] += [content["annotations"][0] | {"id": 9}]
+    twice = lines(tmp_path, json.dumps(content), "twice.json")
+    told = score.card_of(read_annotations(twice)).policy
+    assert told.endswith("cyclist=ignore; 1 boxes that are empty, twice or beyond their image stay")
+
+
+def test_predictions_of_boxes_without_a_json_go_by_the_images_names(kaist_json: Path, tmp_path: Path) -> None:
+    read = read_annotations(kaist_json)
+    target = kaist_target(kaist_json, tmp_path / "KAIST")
+    found = make_detections([3, 1], [[1, 2, 3, 4], [5, 6, 7, 8]], [0.5, 0.25])
+    predictions.write(tmp_path, target, found)
+    told = json.loads((tmp_path / "predictions.json").read_text())
+    assert told[0] == {"image_id": 3, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    predictions.write(tmp_path, replace(target, ids=Ids()), found)
+    told = json.loads((tmp_path / "predictions.json").read_text())
+    assert told[0] == {"image_id": NAMES[3], "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    for again in (
+        read_results(tmp_path / "predictions.json", read),
+        predictions.read(tmp_path, replace(target, ids=Ids())),
+    ):
+        assert again.image.tolist() == [3, 1] and again.box.tolist() == found.box.tolist()
 
 
 def test_text_tells_the_same_figures(kaist_json: Path, tmp_path: Path) -> None:
@@ -233,8 +282,6 @@ def test_several_results_are_compared_under_their_names(kaist_json: Path, tmp_pa
 
 
 def test_figures_and_the_contact_sheet(kaist_json: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     read = read_annotations(kaist_json)
     found = read_results(lines(tmp_path, GOOD), read)
     nothing = read_results(lines(tmp_path, "", "none.txt"), read)

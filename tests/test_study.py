@@ -93,14 +93,14 @@ def test_unlike_cards_are_refused(done, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(done / "evaluate" / "freqkd-0", other)
     found = json.loads((other / "metrics.json").read_text())
-    found["card"]["split"] = "val"
+    found["card"]["ignore_rule"] = "another"
     (other / "metrics.json").write_text(json.dumps(found))
     folders = [done / "evaluate" / "none-0", other]
-    with pytest.raises(CardError, match=r"split: 'test' in .*none-0, 'val' in .*other"):
+    with pytest.raises(CardError, match=r"ignore_rule: 'none.*' in .*none-0, 'another' in .*other"):
         compare.compare(folders, draws=20)
     forced = compare.compare(folders, draws=20, force=True)
     unlike = forced.attrs["unlike"]
-    assert unlike.startswith("split: 'test' in")
+    assert unlike.startswith("ignore_rule: 'none")
     compare.write(forced, tmp_path / "forced")
     assert (tmp_path / "forced" / "compare.md").read_text().startswith(f"Not evaluated alike:\n\n{unlike}\n\n| method")
     found["task"] = "detect"

@@ -62,8 +62,12 @@ class Card:
         return cls(**values)
 
 
+_SETTLED = ("data_set", "annotation_set", "split", "box_source")
+"""Names of annotations whose content the digest tells: a file and a folder of the same boxes go by two names."""
+
+
 def differences(a: Card, b: Card) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ: name -> (in a, in b).
+    """Fields that differ: name -> (in a, in b). What annotations are called is no difference where their digests agree.
 
     Example:
         >>> a = Card("kaist", "improved", "ab12", "test", 2252, "Reasonable", ("person",))
@@ -71,7 +75,8 @@ def differences(a: Card, b: Card) -> dict[str, tuple[Any, Any]]:
         {'ignore_rule': ('Reasonable', 'all boxes')}
     """
     of_a, of_b = a.as_dict(), b.as_dict()
-    return {name: (of_a[name], of_b[name]) for name in of_a if of_a[name] != of_b[name]}
+    settled = _SETTLED if a.annotation_sha256 and a.annotation_sha256 == b.annotation_sha256 else ()
+    return {name: (of_a[name], of_b[name]) for name in of_a if of_a[name] != of_b[name] and name not in settled}
 
 
 def require_alike(cards: Sequence[Card], names: Sequence[str], force: bool = False) -> str:
