@@ -34,10 +34,10 @@ TRAIN_ROWS = """
     checkpoint  schedule  metrics_file  downstream  annotation_files  metrics.matching
     faults  losses  baselines  transforms  kaist_annotations  metrics.kaist
     loop  taps  student  pairs  teacher_cache  annotation_sets  metrics.coco
-    engine  distill  heldout  export  pyramid  ignored  annotations  result_files  metrics.intervals
-    recipes  leaks  targets  detection  segmentation  score
-    job  arms  assembly  score_figures
-    revisit  predictions
+    engine  distill  heldout  export  pyramid  ignored  annotations  metrics.intervals
+    recipes  leaks  targets  detection  segmentation  result_files
+    job  arms  assembly  score
+    revisit  predictions  score_figures
     finetune  evaluate
     compare
     study  choose
