@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from freqkd_analysis.data import listing
 from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import first, nearest
 from freqkd_train import annotation_files
@@ -101,6 +102,8 @@ def load(spec: str, split: str, *, annotations: str = "", policy: str = "", edge
         raise AnnotationError(f'edges "{edges}" is none of {", ".join(EDGES)}.{nearest(edges, EDGES)}')
     wanted, _, content = annotations.partition("@")
     found = read(arguments, split, wanted)
+    if listing.rendered(spec):
+        found = replace(found, known={})
     boxed = found.marked is not None
     target = _boxed(found, layout, policy, edges or found.edges) if boxed else _masked(found, layout)
     if not target.card["annotation_sha256"].startswith(content.lower()):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqkd_analysis.data import synthetic, writers
+from freqkd_analysis.data import listing, synthetic, verify, writers
 from freqkd_analysis.errors import DataError, FreqkdError
 from freqkd_train import annotation_files, annotations, kaist_annotations
 from freqkd_train.annotations import AnnotationError, load
@@ -43,6 +43,16 @@ def coco_tree(root: Path, boxes: list[dict], categories: tuple[str, ...] = ("per
 
 
 # --- the readers on synthetic trees ---
+
+
+def test_a_rendered_set_says_so_and_is_not_held_against_published_counts(tmp_path):
+    spec = synthetic.write(tmp_path / "k", "kaist", "pairs=6,groups=3,size=64x48")
+    cards = [load(spec, split).card for split in ("train", "test")]
+    assert all(card["warnings"] == [] for card in cards)
+    assert verify.verify(spec, registration=False)["published"] == {}
+    (tmp_path / "k" / listing.RENDERED).unlink()
+    assert load(spec, "test").card["warnings"] == [f"{cards[1]['frames']} frames, published 2252"]
+    assert verify.verify(spec, registration=False)["published"]
 
 
 def test_kaist_boxes_are_the_renderer_s(trees, rendered):

@@ -10,6 +10,8 @@ from pathlib import Path
 from freqkd_analysis.data.decode import SUFFIXES
 from freqkd_analysis.errors import DataError, nearest
 
+RENDERED = "SYNTHETIC.md"
+"""The file by which a rendered set says that it is one."""
 _BLOCK = 20
 _MODALITY = re.compile(r"[_-](rgb|vis|vi|visible|color|co|ir|infrared|lwir|thermal|th|previewdata)$", re.IGNORECASE)
 
@@ -26,6 +28,16 @@ def existing(path: str | Path) -> Path:
         beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise DataError(f"no folder {path}.{nearest(path.name, beside)} Check the path.")
     return path
+
+
+def rendered(spec: str) -> bool:
+    """Whether a folder of a specification says that its scenes are rendered: nothing is published of such a set.
+
+    Example:
+        >>> rendered("kaist:/")
+        False
+    """
+    return any((Path(part).expanduser() / RENDERED).is_file() for part in spec.split(":")[1:])
 
 
 def child(base: Path, *names: str) -> Path | None:

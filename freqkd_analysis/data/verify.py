@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from freqkd_analysis.data import layouts
+from freqkd_analysis.data import layouts, listing
 from freqkd_analysis.data.records import PairedSample, PairRecord
 from freqkd_analysis.errors import DataError, first
 
@@ -58,13 +58,14 @@ def verify(
         if progress:
             progress(done, len(seen))
     whole = [one for one in seen if not one.unreadable]
+    published = {} if listing.rendered(spec) else layouts.LAYOUTS[spec.partition(":")[0]].published
     report = {
         "schema": 1,
         "spec": spec,
         "pairs": len(pairs),
         "groups": len({record.group for record in pairs}),
         **{light: sum(record.time == light for record in pairs) for light in ("day", "night")},
-        "published": {str(n): what for n, what in layouts.LAYOUTS[spec.partition(":")[0]].published.items()},
+        "published": {str(n): what for n, what in published.items()},
         "missing": missing,
         "unreadable": [{"id": one.record.id, "reason": one.unreadable} for one in seen if one.unreadable],
         "size_mismatch": [{"id": one.record.id, **one.sizes} for one in whole if len(set(one.sizes.values())) > 1],

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from freqkd_analysis.data import scenes
+from freqkd_analysis.data import listing, scenes
 from freqkd_analysis.data.records import PairedSample, PairRecord
 from freqkd_analysis.errors import DataError, nearest
 
@@ -63,6 +63,7 @@ def write(out: Path, layout: str, options: str = "", progress: Progress | None =
         raise DataError(f"Cannot write {out}: {error.strerror}. Name a folder that can be written.") from None
     try:
         WRITERS[layout](part, planned, progress)
+        lines(part / listing.RENDERED, [f"Rendered scenes in the layout of {layout}, not the data set: {options}."])
         if out.exists():
             out.rmdir()
         part.rename(out)
