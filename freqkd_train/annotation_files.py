@@ -79,6 +79,8 @@ class Coco:
     labels: tuple[str, ...]
     categories: tuple[int | str, ...]
     """The id of each label, as written."""
+    kaist: bool
+    """Images are named as in KAIST's json, by `im_name`."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -216,7 +218,9 @@ def coco(path: Path) -> Coco:
     for number, row in enumerate(rows):
         _add(marks, labels, row, f"{path}, annotation {number}")
     found = [_coco_image(name, row, marks[number], f"{path}, image {one_line(name)}") for number, name, row in named]
-    return Coco(tuple(found), tuple(labels.values()), tuple({str(row["id"]): row["id"] for row in categories}.values()))
+    ids = {str(row["id"]): row["id"] for row in categories}
+    kaist = bool(named) and "im_name" in named[0][2]
+    return Coco(tuple(found), tuple(labels.values()), tuple(ids.values()), kaist)
 
 
 def _add(marks: dict[str, list[Mark]], labels: Mapping[str, str], row: Any, where: str) -> None:

@@ -19,6 +19,9 @@ from freqkd_train.config import Config, ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from freqkd_train.result_files import Annotations
+    from freqkd_train.score import Run
+
 
 def settings(given: Mapping[str, Any], changes: Sequence[str], file: Path | None = None, recipe: str = "",
              preset: str = "", resumed: Path | None = None) -> Config:  # fmt: skip
@@ -172,17 +175,15 @@ def check_drawing(draw: int, images: Path | None, curves: Path | None) -> None:
         raise FreqkdError(f"--draw {draw} needs {missing}.")
 
 
-def draw_scored(annotations: Path, results: Sequence[Path], protocol: str, style: str, curves: Path, draw: int,
+def draw_scored(read: Annotations, runs: Sequence[Run], protocol: str, style: str, curves: Path, draw: int,
                 images: Path | None) -> None:  # fmt: skip
-    """The curves of files of detections, and a contact sheet of each where one is asked for.
+    """The curves of detections, and a contact sheet of each run where one is asked for.
 
     Raises: FreqkdError for a folder of images that lacks one to be drawn.
     """
     from freqkd_analysis import terminal
-    from freqkd_train import result_files, score, score_figures
+    from freqkd_train import score, score_figures
 
-    read = result_files.read_annotations(annotations)
-    runs = score.read_runs(results, read)
     drawn = score_figures.write_figures(read.truth, runs, score.protocol_of(read, protocol), curves, style)
     if draw and images is not None:
         picture = score_figures.pictures(read.truth.names, images)

@@ -228,7 +228,7 @@ def evaluate(
 @app.command()
 def score(
     annotations: Annotated[Path, typer.Option(help="KAIST json, COCO json, or a folder of bbGt text.")],
-    results: Annotated[list[Path], typer.Option(help="image,x,y,w,h,score lines or a COCO json list; repeatable.")],
+    results: Annotated[list[Path], typer.Option(help="image,x,y,w,h,score lines or a COCO result list; repeatable.")],
     protocol: Annotated[str, typer.Option(help="kaist | coco (default: by the annotations).")] = "",
     style: Annotated[str, typer.Option(help="Of the miss rate: matlab | script.")] = "matlab",
     figures: Annotated[Path | None, typer.Option(help="Folder for the curves.")] = None,
@@ -244,10 +244,11 @@ def score(
     from freqkd_train import score as scoring
 
     choose.check_drawing(draw, images, figures)
-    found = scoring.score(annotations, results, protocol, style=style, out=out)
-    print(scoring.text(found))
+    read = scoring.read_annotations(annotations)
+    runs = scoring.read_runs(results, read)
+    print(scoring.text(scoring.scored(read, runs, protocol, style=style, out=out)))
     if figures is not None:
-        choose.draw_scored(annotations, results, protocol, style, figures, draw, images)
+        choose.draw_scored(read, runs, protocol, style, figures, draw, images)
 
 
 @app.command()

@@ -57,7 +57,7 @@ def _leak(built: assembly.Built, target: Target, allow: bool) -> dict[str, Any]:
     before = built.settings.stage1
     found = {"finetune": leaks.check(annotated.of_split(built.settings.targets, "train"), target, allow)}
     if before.pairs:
-        found["distil"] = leaks.of_pairs(before.pairs, before.exclude, target, allow)
+        found["distil"] = leaks.of_pairs(before.pairs, layouts.load(before.pairs), before.exclude, target, allow)
     return found
 
 

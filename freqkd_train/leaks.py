@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from freqkd_analysis.data import decode, layouts, verify
+from freqkd_analysis.data import decode, verify
 from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import FreqkdError
 from freqkd_train import pairs
@@ -88,12 +88,13 @@ def between(
     return {"shared": sum(map(len, kinds.values())), **counted}
 
 
-def of_pairs(spec: str, exclude: str, test: Target, allow: bool, progress: Progress | None = None) -> dict[str, Any]:
+def of_pairs(spec: str, records: Sequence[PairRecord], exclude: str, test: Target, allow: bool,
+             progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
     """What the pairs of a distillation and a test split share, by files and looks: their names are of two worlds.
 
-    Args: spec: layout and place; exclude: a file of ids that were left out. Raises: as `check`.
+    Args: spec: layout and place of the records, for a message; exclude: a file of ids that were left out. Raises: as
+        `check`.
     """
-    records = layouts.load(spec)
     left_out = pairs.excluded(Path(exclude), records, lambda text: None) if exclude else set()
     records = [record for record in records if record.id not in left_out]
     found = between(records, test.records, False, False, progress)

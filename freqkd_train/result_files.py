@@ -62,12 +62,9 @@ def read_annotations(path: Path) -> Annotations:
     if not path.is_file():
         raise ResultError(f"no annotations {path}; expected a KAIST or COCO json, or a folder of bbGt text files.")
     coco = annotation_files.coco(path)
-    raw = _json(path)
-    labels = {str(c["id"]): str(c["name"]) for c in raw["categories"]}
-    is_kaist = bool(raw["images"]) and "im_name" in raw["images"][0]
     names = [image.name for image in coco.images]
     classes: tuple[str, ...]
-    if is_kaist:
+    if coco.kaist:
         classes, place = ("person",), {name: 0 if name == "person" else EVERY_CLASS for name in coco.labels}
     else:
         classes = tuple(name for name in coco.labels if name.lower() not in annotation_files.REGIONS)
@@ -79,10 +76,10 @@ def read_annotations(path: Path) -> Annotations:
         [image.time.lower() if image.time.lower() in ("day", "night") else _time(image.name) for image in coco.images],
     )  # fmt: skip
     ids = {str(image.id): number for number, image in enumerate(coco.images)}
-    categories = {key: place[name] for key, name in labels.items()}
-    rules = kaist_annotations.RULES if is_kaist else {
+    categories = {str(key): place[name] for key, name in zip(coco.categories, coco.labels, strict=True)}
+    rules = kaist_annotations.RULES if coco.kaist else {
         name: "train" if name in classes else "ignore" for name in coco.labels}  # fmt: skip
-    return Annotations(truth, ids, categories, is_kaist, path.name, *_told(truth, marked, rules))
+    return Annotations(truth, ids, categories, coco.kaist, path.name, *_told(truth, marked, rules))
 
 
 def _bbgt_folder(folder: Path) -> Annotations:

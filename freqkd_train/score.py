@@ -63,7 +63,14 @@ def score(
     if not results:
         raise FreqkdError("no detections to score; give at least one --results FILE.")
     read = read_annotations(annotations)
-    runs = read_runs(results, read)
+    return scored(read, read_runs(results, read), protocol, style=style, draws=draws, seed=seed, out=out)
+
+
+def scored(
+    read: Annotations, runs: Sequence[Run], protocol: str = "", *, style: str = "matlab",
+    draws: int = statistics.DRAWS, seed: int = 0, out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `score`, of what was read already."""
     card = card_of(read, protocol, style)
     content = compared(read.truth, runs, card, protocol_of(read, protocol), style=style, draws=draws, seed=seed)
     if out is not None:

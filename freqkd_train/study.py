@@ -217,7 +217,10 @@ class Going:
             raise RunError(f"an arm _stage2 takes the backbone of the finished detector {name} of another study; "
                            f"{run_} holds none. Give --students STUDY, such as runs/kaist.")  # fmt: skip
         path = self.out / "backbones" / f"{name}.safetensors"
-        assembly.save_backbone(run_, path)
+        mark, made = path.with_name(f".{name}.json"), {"model": provenance.sha256_file(run_ / assembly.WEIGHTS)}
+        if not path.is_file() or _stored(mark, {"model": str}) != made:
+            assembly.save_backbone(run_, path)
+            schema.write_text(mark, json.dumps(made) + "\n")
         return path
 
     def _analysed(self) -> Path:
@@ -273,5 +276,5 @@ class Going:
         if _stored(mark, {"of": dict}).get("of") == asked:
             return
         with terminal.counting("looking for shared frames") as count:
-            found = leaks.of_pairs(self.pairs, self.exclude, target, test.allow_leak, count)
+            found = leaks.of_pairs(self.pairs, sides[0], self.exclude, target, test.allow_leak, count)
         schema.write_text(mark, json.dumps({"of": asked} | found, indent=1) + "\n")

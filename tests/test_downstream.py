@@ -271,6 +271,18 @@ def test_sheets_of_anybody_s_detections(trained, tmp_path, capsys):
     assert status == 2 and "give --figures FOLDER" in err and not out
 
 
+def test_score_with_figures_reads_its_files_once(trained, tmp_path, capsys, monkeypatch):
+    from freqkd_train import annotation_files
+
+    read, of = [], annotation_files.read_bytes
+    monkeypatch.setattr(annotation_files, "read_bytes", lambda path: read.append(path.name) or of(path))
+    row = {"image_id": 0, "category_id": 0, "bbox": [1, 2, 9, 9], "score": 1}
+    (tmp_path / "found.json").write_text(json.dumps([row]))
+    words = ("--annotations", trained / "data/test.json", "--results", tmp_path / "found.json")
+    assert call(capsys, "score", *words, "--figures", tmp_path / "f", main=cli.main)[0] == 0
+    assert sorted(read) == ["found.json", "test.json"] and list((tmp_path / "f").glob("*.svg"))
+
+
 def test_help_shows_the_defaults_that_words_tell(capsys):
     """In square brackets they were taken for markup, and vanished."""
     assert "(default: the run's)" in call(capsys, "evaluate", "--help", main=cli.main)[1]

@@ -212,6 +212,15 @@ def test_students_and_backbones_of_another_study(detected, tmp_path, monkeypatch
     start = load_file(detected / "distil/freqkd-0/student.safetensors")
     name = next(key for key in alone if key.endswith("weight") and alone[key].ndim > 1)
     assert set(alone) == set(start)
+    written = []
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "save_backbone", lambda run, path: written.append(path.name))
+        again = tiny("mfnet", names=names, students=str(detected))
+        study.run(again, tmp_path / "m", quiet, ["test"])
+        assert written == [], "nothing changed"
+        (tmp_path / "m/backbones/.freqkd-0.json").write_text('{"model": "of another detector"}')
+        study.run(again, tmp_path / "m", quiet, ["test"])
+        assert written == ["freqkd-0.safetensors"]
     assert alone[name].equal(whole[f"detector.backbone.network.{name}"]) and not alone[name].equal(start[name])
     with pytest.raises(RunError, match=r"no student mse-0 in .*which holds freqkd-0, none-0"):
         study.run(tiny("mfnet", names=("mse",), students=str(detected)), tmp_path / "m", quiet, ["test"])
@@ -219,6 +228,16 @@ def test_students_and_backbones_of_another_study(detected, tmp_path, monkeypatch
         study.run(tiny("mfnet", names=("none_stage2",)), tmp_path / "n", quiet, ["test"])
     with pytest.raises(RunError, match="is no study"):
         study.run(tiny("mfnet", students=str(tmp_path / "nowhere")), tmp_path / "o", quiet, ["test"])
+
+
+def test_the_pairs_of_stage_1_are_listed_once_for_their_check(detected, tmp_path, monkeypatch):
+    listed, load = [], study.layouts.load
+    monkeypatch.setattr(
+        study.layouts, "load", lambda spec, *more, **kinds: listed.append(spec) or load(spec, *more, **kinds)
+    )
+    asked = tiny("kaist", data=f"kaist:{detected}/data", distil_on=f"kaist:{detected}/data:train-all-20")
+    study.Going(asked, tmp_path / "once", quiet, ["test"])
+    assert listed.count(asked.distil_on) == 1 and (tmp_path / "once" / study.LEAK).is_file()
 
 
 def test_pairs_of_stage_1_that_hold_test_frames_are_refused(detected, tmp_path):
