@@ -43,7 +43,7 @@ def distill(
     teacher: Annotated[str, option(panel=_WHAT, help="timm name, freqkd_demo, or auto.")] = "auto",
     student: Annotated[str, option(panel=_WHAT, help="timm name; empty: the teacher's.")] = "",
     teacher_weights: Annotated[str, option(panel=_WHAT, help="auto | pretrained | random | FILE.")] = "auto",
-    student_weights: Annotated[str, option(panel=_WHAT, help="The same, or mix:A:FILE.")] = "auto",
+    student_weights: Annotated[str, option(panel=_WHAT, help="The same, or mix:SHARE:FILE.")] = "auto",
     layers: Annotated[str, option(panel=_WHAT, help="Of the teacher: all | 7,15,19 | glob.")] = "all",
     size: Annotated[str, option(panel=_WHAT, help="Network input, px: N or ROWSxCOLUMNS.")] = "224",
     adapt: Annotated[str, option(panel=_WHAT, help="auto | lora | full | last:K | head.")] = "auto",

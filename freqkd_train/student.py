@@ -28,8 +28,8 @@ def start(name: str, weights: str, size: tuple[int, int], seed: int = 0) -> Netw
     """The student before training.
 
     Args:
-        name: timm name. weights: as `models.create`, or `mix:A:FILE` for A * pretrained + (1 - A) * FILE (all
-            floating tensors, batch statistics too).
+        name: timm name. weights: as `models.create`, or `mix:SHARE:FILE` for SHARE * pretrained + (1 - SHARE) *
+            FILE (all floating tensors, batch statistics too).
         size: input rows and columns. seed: of random weights.
     Raises: NetworkError for weights that are not at hand or do not fit; ConfigError for a mix that cannot be read.
 
@@ -45,7 +45,7 @@ def start(name: str, weights: str, size: tuple[int, int], seed: int = 0) -> Netw
     except ValueError:
         a = -1.0
     if not 0 <= a <= 1 or not path:
-        raise ConfigError(f'expected student.weights mix:A:FILE with A from 0 to 1, got "{weights}".')
+        raise ConfigError(f'expected student.weights mix:SHARE:FILE with SHARE from 0 to 1, got "{weights}".')
     pretrained, other = (models.create(name, source, size, seed) for source in ("auto", path))
     mixed = interpolated(other.model.state_dict(), pretrained.model.state_dict(), a)
     pretrained.model.load_state_dict(mixed)

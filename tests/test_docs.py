@@ -79,6 +79,24 @@ def test_the_commands_of_the_lab_cards_can_be_typed() -> None:
             check_line(line)
 
 
+def printed(text: str) -> str:
+    """A text as the help prints it: rich reads [words] as style and :names: as a picture."""
+    from rich.text import Text
+
+    return Text.from_markup(text).plain
+
+
+@pytest.mark.parametrize("of", PROGRAMS)
+def test_help_is_printed_as_it_is_written(of: str) -> None:
+    assert printed("mix:A:FILE") != "mix:A:FILE" and printed("forms=[mse]") != "forms=[mse]"
+    top = program(of)
+    groups = {name: one for name, one in top.commands.items() if hasattr(one, "commands")}
+    for name, command in (commands(top) | groups | {of: top}).items():
+        texts = [command.help, command.epilog, *(getattr(one, "help", None) for one in command.params)]
+        for text in filter(None, texts):
+            assert printed(text) == text, f"{name}: word this otherwise, the help prints it as {printed(text)!r}"
+
+
 @pytest.mark.parametrize("of", PROGRAMS)
 def test_every_option_is_explained(of: str) -> None:
     for name, command in commands(program(of)).items():

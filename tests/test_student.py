@@ -163,7 +163,7 @@ def test_a_mixed_start(tmp_path):
 
 @pytest.mark.parametrize("text", ["mix:2:a.safetensors", "mix:half:a", "mix:0.5", "mix:"])
 def test_a_mix_that_cannot_be_read(text):
-    with pytest.raises(ConfigError, match=r"expected student\.weights mix:A:FILE"):
+    with pytest.raises(ConfigError, match=r"expected student\.weights mix:SHARE:FILE"):
         students.start("resnet18", text, (64, 64))
 
 
