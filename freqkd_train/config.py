@@ -91,8 +91,8 @@ class Student(Section):
     """The trained network.
 
     name: empty for the teacher's own. weights: as for the teacher, or `mix:SHARE:FILE` for SHARE * pretrained +
-    (1 - SHARE) * FILE. layers: as for the teacher; as many as the teacher's are paired in order, otherwise by relative depth.
-    adapt: `lora`, `full`, `last:K` blocks, `head` (projectors alone), or `auto` (LoRA where the network has the
+    (1 - SHARE) * FILE. layers: as for the teacher; as many as the teacher's are paired in order, otherwise by relative
+    depth. adapt: `lora`, `full`, `last:K` blocks, `head` (projectors alone), or `auto` (LoRA where the network has the
     targets, else full). rank, alpha, dropout, targets: of LoRA. merge: share of the change that the exported student
     keeps, 0 to 1; without a value 0.5, and 1 from random weights.
     """
