@@ -54,6 +54,11 @@ def accelerator_for(settings: Training, folder: Path | None = None) -> Accelerat
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if torch.distributed.is_available():
+        # Its functions have the group of that moment as a default: imported later, as DDP does, they would hold the
+        # group to the end of the interpreter, and the group its threads.
+        from torch.distributed.nn import functional  # noqa: F401
+
     name = device_of(settings.device)
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)
@@ -67,7 +72,10 @@ def accelerator_for(settings: Training, folder: Path | None = None) -> Accelerat
 
 
 def _leave() -> None:
-    """The threads of a group of processes may not outlive the interpreter; a later run here uses the same group."""
+    """The threads of a group of processes may not outlive the interpreter; a later run here uses the same group.
+
+    No process waits for another: one that ends by an error would wait for those that wait for its gradients.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -94,6 +94,14 @@ def test_a_missing_term_and_a_parameter_out_of_reach_stop_before_anything_moves(
         assert "does not reach extra.weight, extra.bias" in rank["unused"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are told by /proc")
+def test_no_thread_of_the_group_outlives_it(two: Path) -> None:
+    """Alive at the end of the interpreter they aborted it, once in many runs: "terminate called"."""
+    for rank in (0, 1):
+        names = json.loads((two / f"threads-{rank}.json").read_text())
+        assert names and not [name for name in names if "gloo" in name]
+
+
 def test_both_runs_end_well(told: list[dict[str, Any]]) -> None:
     assert [rank["whole"] for rank in told] == ["", ""]
     assert [rank["trial"] for rank in told] == [3 * 8 + 8 + 8 * 2 + 2] * 2

@@ -7,6 +7,7 @@ fills up; `together FOLDER`, under torchrun, one process of several.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
@@ -265,10 +266,17 @@ def main(what: str, folder: Path, *rest: str) -> None:
     elif what == "slow":
         train(folder, source=Samples(before=lambda keys: time.sleep(float(rest[0]))), say=print)
     elif what == "together":
+        atexit.register(tell_threads, folder)  # before that of the loop, so that it is called after it
         told = together(folder)
         (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
     elif what == "full":
         fill_up(folder, int(rest[0]))
+
+
+def tell_threads(folder: Path) -> None:
+    """The names of this process' threads, as the kernel knows them."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (folder / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(names))
 
 
 def poison(source: Samples, index: int) -> None:
