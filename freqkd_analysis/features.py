@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,6 +45,24 @@ class Tap:
 
 
 Sink = Callable[[Tap, Tensor], None]
+
+
+def module_keys(taps: Iterable[str]) -> dict[str, str]:
+    """Taps as names of modules, which must hold no dot.
+
+    Raises: NetworkError for two taps that would be one module.
+
+    Example:
+        >>> module_keys(["blocks.3", "norm"])
+        {'blocks.3': 'blocks_3', 'norm': 'norm'}
+    """
+    keys: dict[str, str] = {}
+    for tap in taps:
+        name = tap.replace(".", "_")
+        if twin := next((other for other, key in keys.items() if key == name and other != tap), ""):
+            raise NetworkError(f'the taps "{twin}" and "{tap}" cannot be told apart without dots; choose other layers.')
+        keys[tap] = name
+    return keys
 
 
 def layer_names(model: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from freqkd_analysis.errors import FreqkdError, first, nearest
+from freqkd_analysis.features import module_keys
 from freqkd_analysis.spectral import real_basis, real_numbers
 
 Features = Mapping[str, Tensor] | Sequence[Tensor]
@@ -356,11 +357,11 @@ class BaselineLoss(nn.Module):
             raise FreqkdError(f'no baseline "{name}".{nearest(name, BASELINES)} There are {", ".join(BASELINES)}.')
         self.name, self.entry = name, BASELINES[name]
         self.weight = self.entry.weight if weight is None else weight
-        self.generators = nn.ModuleDict()
+        self.generators, self.keys = nn.ModuleDict(), module_keys(channels or ())
         if isinstance(self.entry.function, type):
             if not channels:
                 raise FreqkdError(f"the loss {name} needs the teacher's channels by tap for its generators.")
-            self.generators.update({_key(tap): self.entry.function(count) for tap, count in channels.items()})
+            self.generators.update({self.keys[tap]: self.entry.function(count) for tap, count in channels.items()})
 
     def forward(self, students: Features, teachers: Features) -> dict[str, Any]:
         """{"loss": scalar, "terms": {"tap": scalar}}."""
@@ -375,14 +376,14 @@ class BaselineLoss(nn.Module):
     def _one(self, tap: str, s: Tensor, t: Tensor) -> Tensor:
         self._check(tap, s, t)
         dtype = s.dtype if s.dtype == torch.float64 else torch.float32
-        function = self.generators[_key(tap)] if self.generators else self.entry.function
+        function = self.generators[self.keys[tap]] if self.generators else self.entry.function
         with torch.autocast(s.device.type, enabled=False):
             value: Tensor = function(s.to(dtype), t.to(dtype))
             return value
 
     def _check(self, tap: str, s: Tensor, t: Tensor) -> None:
-        if self.generators and _key(tap) not in self.generators:
-            raise FreqkdError(f'the loss {self.name} has no generator for tap "{tap}", only {first(self.generators)}.')
+        if self.generators and tap not in self.keys:
+            raise FreqkdError(f'the loss {self.name} has no generator for tap "{tap}", only {first(self.keys)}.')
         for who, x in (("student", s), ("teacher", t)):
             if x.ndim != 4 or not x.is_floating_point() or x.numel() == 0:
                 raise FreqkdError(f'expected real features (B, C, H, W) of the {who} at tap "{tap}", got {x.dtype} of '
@@ -391,8 +392,3 @@ class BaselineLoss(nn.Module):
         if any(s.shape[i] != t.shape[i] for i in same):
             raise FreqkdError(f'{self.name}: student and teacher do not match at tap "{tap}": {tuple(s.shape)} and '
                               f"{tuple(t.shape)}; match them first.")  # fmt: skip
-
-
-def _key(tap: str) -> str:
-    """A module's name must hold no dot."""
-    return tap.replace(".", "_")

@@ -159,9 +159,9 @@ def _fitted(question: Question, student: Network) -> Match:
     """Matching by grid, with a regression in place of a projector where widths differ."""
     match = Match(question.pairs, project="unlike").to(question.device).requires_grad_(False)
     if len(match.projectors):
-        unlike = [(t, s) for t, s in question.pairs if taps.key(t.tap) in match.projectors]
+        unlike = [(t, s) for t, s in question.pairs if match.keys[t.tap] in match.projectors]
         for tap, solution in ridge(question, student, unlike).items():
-            projector = match.projectors[taps.key(tap)]
+            projector = match.projectors[match.keys[tap]]
             projector.weight.copy_(solution[:-1].T[:, :, None, None])  # type: ignore[operator]
             projector.bias.copy_(solution[-1])  # type: ignore[operator]
     return match

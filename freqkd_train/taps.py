@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from freqkd_analysis.errors import NetworkError
-from freqkd_analysis.features import Tap
+from freqkd_analysis.features import Tap, module_keys
 
 Paired = tuple[Tap, Tap]
 """(teacher's tap, student's tap)."""
@@ -81,23 +81,24 @@ class Match(nn.Module):
         project: `unlike` gives a 1x1 projector to taps of other width, `all` to every tap (FitNet), `none` to none.
         resize: whether grids are matched; losses that take any grid go without.
 
+    Raises: NetworkError for two taps that cannot be told apart as modules.
     Called with {student's tap: (B, C, H, W)}; returns {teacher's tap: (B, C', H', W')}.
     """
 
     def __init__(self, pairs: Sequence[Paired], project: str = "unlike", resize: bool = True) -> None:
         super().__init__()
-        self.pairs, self.resize = list(pairs), resize
+        self.pairs, self.resize, self.keys = list(pairs), resize, module_keys(teacher.tap for teacher, _ in pairs)
         self.projectors = nn.ModuleDict()
         for teacher, student in pairs:
             if project == "all" or (project == "unlike" and teacher.channels != student.channels):
-                self.projectors[key(teacher.tap)] = nn.Conv2d(student.channels, teacher.channels, 1)
+                self.projectors[self.keys[teacher.tap]] = nn.Conv2d(student.channels, teacher.channels, 1)
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = {}
         for teacher, student in self.pairs:
             x = features[student.tap]
-            if key(teacher.tap) in self.projectors:
-                x = self.projectors[key(teacher.tap)](x)
+            if self.keys[teacher.tap] in self.projectors:
+                x = self.projectors[self.keys[teacher.tap]](x)
             if self.resize and tuple(x.shape[2:]) != teacher.grid:
                 x = resized(x, teacher.grid)
             out[teacher.tap] = x
@@ -109,16 +110,6 @@ def resized(x_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     with torch.autocast(x_BCHW.device.type, enabled=False):
         x = x_BCHW.float() if x_BCHW.dtype in (torch.float16, torch.bfloat16) else x_BCHW
         return functional.interpolate(x, size=grid, mode="bilinear", antialias=True, align_corners=False)
-
-
-def key(tap: str) -> str:
-    """A tap's name as a module name, which must hold no dot.
-
-    Example:
-        >>> key("blocks.3")
-        'blocks_3'
-    """
-    return tap.replace(".", "_")
 
 
 def describe(pairs: Sequence[Paired]) -> list[dict[str, Any]]:

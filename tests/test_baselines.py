@@ -226,6 +226,12 @@ def test_the_mask_comes_from_torchs_generator_and_hides_two_thirds():
     assert ((x.grad == 0).all(1) == (x.grad == 0).any(1)).all(), "one mask for all channels"
 
 
+def test_taps_that_would_share_a_generator_are_refused():
+    """They were one module, silently, for both."""
+    with pytest.raises(FreqkdError, match='taps "a.b" and "a_b" cannot be told apart'):
+        BaselineLoss("mgd", channels={"a.b": 8, "c": 8, "a_b": 8})
+
+
 def test_generators_are_trained_with_the_student_and_saved():
     t = draw(1).float()
     loss = BaselineLoss("mgd", weight=1.0, channels={"a.b": 8})
