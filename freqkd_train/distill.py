@@ -7,12 +7,14 @@ the module: not in its parameters, its checkpoints, its training mode, or under 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from freqkd_analysis.errors import FreqkdError, nearest
+from freqkd_analysis import provenance
+from freqkd_analysis.errors import FreqkdError, RunError, nearest
 from freqkd_analysis.features import Tap, read_taps
 from freqkd_train import config
 from freqkd_train.baselines import BASELINES, BaselineLoss
@@ -148,13 +150,22 @@ def objective(settings: config.Loss, pairs: Sequence[Paired]) -> nn.Module:
         return BaselineLoss(settings.name, settings.weight, {t.tap: t.channels for t in teachers})
     places = {t.tap: (t.grid, t.stride) for t in teachers}
     if settings.name == "measured":
-        from pathlib import Path
-
         run = Path(settings.weights_from)
         given = measured_settings(run, places, settings.rule, settings.normalize, **_only(given, "bands")) | given
+        if settings.normalize == "band":
+            _check_energies(run, str((PRESETS["measured"] | given)["standardize"]))
     loss = FreqKDLoss.preset(settings.name, grid={tap: grid for tap, (grid, _) in places.items()},
                              strides={tap: stride for tap, (_, stride) in places.items()}, **given)  # fmt: skip
     return loss if settings.weight is None else Weighted(loss, settings.weight)
+
+
+def _check_energies(run: Path, standardize: str) -> None:
+    """RunError unless the run measured its energies on features standardised as the loss does it."""
+    measured = provenance.read_manifest(run)["config"].get("standardize", "none")
+    if measured != standardize:
+        raise RunError(f"{run} measured its energies with --standardize {measured}, the loss has {standardize}; for "
+                       f"--normalize band measure with --standardize {standardize}, or set loss.standardize "
+                       f"{measured}.")  # fmt: skip
 
 
 def _only(values: Mapping[str, Any], name: str) -> dict[str, Any]:

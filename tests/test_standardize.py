@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from fake_run import fake_run
 
+from freqkd_analysis.bands import Bands
 from freqkd_analysis.errors import FreqkdError
+from freqkd_analysis.features import Tap
 from freqkd_analysis.spectral import STANDARDIZATIONS, standardize
+from freqkd_train import config, distill
 
 
 def reference(x: np.ndarray, how: str) -> np.ndarray:
@@ -83,3 +89,26 @@ def test_unit_tokens_are_never_longer_than_one():
 def test_unknown_standardization_says_what_is_near():
     with pytest.raises(FreqkdError, match=r'none\|token\|channel\|released, got "chanel". Did you mean "channel"'):
         standardize(torch.ones(1, 2, 3), "chanel")
+
+
+def test_energies_of_features_standardised_otherwise_are_refused(tmp_path):
+    """A run measures plain features unless asked; divided by those energies, a loss of standardised ones is skewed."""
+    run = fake_run(tmp_path / "run")
+    bands, path = Bands.parse("linear:3", (16, 16), 14), run / "band_weights.json"
+    content = json.loads(path.read_text())
+    for entry in [*content["layers"], content["bands"]]:
+        entry.update(f_lo=bands.f_lo.tolist(), f_hi=bands.f_hi.tolist())
+    path.write_text(json.dumps(content))
+    taps = [(Tap(3, "blocks.3", 1.0, (16, 16), 14, 384, "tokens"),) * 2]
+
+    def made(**settings):
+        return distill.objective(config.Loss(name="measured", weights_from=str(run), **settings), taps)
+
+    with pytest.raises(FreqkdError, match="energies with --standardize none, the loss has released; .* measure with"):
+        made(normalize="band")
+    plain, divided = (made(standardize="none", normalize=how).plans["blocks.3"].weights for how in ("none", "band"))
+    assert plain != divided
+    told = json.loads((run / "manifest.json").read_text())
+    told["config"]["standardize"] = "released"
+    (run / "manifest.json").write_text(json.dumps(told))
+    assert made(normalize="band").standardize == "released"
