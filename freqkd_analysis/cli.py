@@ -27,6 +27,8 @@ _INPUT, _NETWORK, _SPECTRA, _CONTROLS, _MACHINE = (
     "What to measure", "Network", "Spectra and measures", "Controls and sampling", "Machine",
 )  # fmt: skip
 
+MEASURES = "all, or some of cosine, relative, nmse, mse, mse_per_mode, log_spectral."
+
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished `layers` run.")]
 
 
@@ -40,7 +42,7 @@ def layers(
     model: Annotated[str, option(panel=_NETWORK, help="timm name, freqkd_demo, or auto.")] = "auto",
     weights: Annotated[str, option(panel=_NETWORK, help="auto | pretrained | random | FILE.")] = "auto",
     layers: Annotated[str, option(panel=_NETWORK, help="all | 7,15,19 | glob such as blocks.*.attn.")] = "all",
-    norm: Annotated[bool, option("--norm/--no-norm", panel=_NETWORK, help="Final norm on every tap.")] = False,
+    norm: Annotated[bool, option("--norm/--no-norm", panel=_NETWORK, help="Final norm on every layer.")] = False,
     standardize: Annotated[str, option(panel=_SPECTRA, help="none | token | channel | released.")] = "none",
     window: Annotated[str, option(panel=_SPECTRA, help="none | hann | dct.")] = "none",
     bands: Annotated[
@@ -51,24 +53,30 @@ def layers(
             "or edges such as 0.1,0.25 (cycles per token).",
         ),
     ] = "octave:3",
-    measure: Annotated[str, option(panel=_SPECTRA, help="all, or some of cosine,relative,nmse,mse,...")] = "all",
+    measure: Annotated[str, option(panel=_SPECTRA, help=MEASURES)] = "all",
     conditions: Annotated[
-        str, option(panel=_CONTROLS, metavar="LIST|none|all", help="Controls beside `paired`.")
+        str,
+        option(
+            panel=_CONTROLS,
+            metavar="LIST|none|all",
+            help="Beside `paired`: shuffled, mean_removed, shifted:PX, grey, inverted, blur, noise, random, pixels, "
+            "without_artefacts.",
+        ),
     ] = "all",
-    cka: Annotated[bool, option(panel=_SPECTRA, help="Debiased CKA over the control pairs, a band.")] = False,
-    mmd: Annotated[bool, option(panel=_SPECTRA, help="Squared MMD over the control pairs, a band.")] = False,
+    cka: Annotated[bool, option(panel=_SPECTRA, help="Debiased CKA of each band over the control pairs.")] = False,
+    mmd: Annotated[bool, option(panel=_SPECTRA, help="Squared MMD of each band over the control pairs.")] = False,
     control_pairs: Annotated[
-        int, option(panel=_CONTROLS, min=2, help="Pairs of the image controls and mean maps.")
+        int, option(panel=_CONTROLS, min=2, help="Pairs that image controls and mean maps are measured on.")
     ] = 100,
     sample: Annotated[str, option(panel=_CONTROLS, help="stratified | random | first.")] = "stratified",
     seed: Annotated[int, option(panel=_CONTROLS, min=0, help="Of sampling, noise, random weights, resampling.")] = 0,
-    batch_size: Annotated[str, option(panel=_MACHINE, metavar="N|auto", help="Pairs a forward.")] = "auto",
+    batch_size: Annotated[str, option(panel=_MACHINE, metavar="N|auto", help="Pairs at once.")] = "auto",
     device: Annotated[str, option(panel=_MACHINE, help="auto | cpu | cuda | cuda:N.")] = "auto",
     dtype: Annotated[str, option(panel=_MACHINE, help="fp32 | bf16 (network alone; spectra stay fp32).")] = "fp32",
     workers: Annotated[int, option(panel=_MACHINE, min=0, help="Threads that decode images.")] = 2,
     max_bad: Annotated[int, option(min=0, help="Unreadable pairs to leave out before failing.")] = 10,
     preset: Annotated[str, option(help="paper: the FreqKD release's analysis.")] = "",
-    resume: Annotated[bool, option(help="Finish the interrupted run in --out.")] = False,
+    resume: Annotated[bool, option(help="Finish the interrupted run in --out; same options as before.")] = False,
     dry_run: Annotated[bool, option(help="Say time, memory and disk from one batch.")] = False,
     as_json: Annotated[bool, option("--json", help="The verdict as JSON on stdout.")] = False,
     out: Annotated[Path | None, option(help="Run folder (default: runs/TIME-layers).")] = None,
@@ -92,8 +100,9 @@ def layers(
             settings, machine, folder, resume, terminal.say, terminal.progress, ["freqkd-analyze", *sys.argv[1:]]
         )
     except KeyboardInterrupt:
-        terminal.say("stopped; what is measured is kept. Go on with the same command and "
-                     f"--resume --out {shlex.quote(str(folder))}")  # fmt: skip
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        words += ["--resume"] if out else ["--resume", "--out", str(folder)]
+        terminal.say(f"stopped; what is measured is kept. Go on with: {shlex.join(['freqkd-analyze', *words])}")
         raise typer.Exit(130) from None
     if verdict is None:
         return
@@ -151,7 +160,7 @@ def data_verify(
     from freqkd_analysis import terminal
     from freqkd_analysis.data import verify
 
-    with terminal.counting("checking") as count:
+    with terminal.counting("checking", "pairs") as count:
         report = verify.verify(spec, registration=registration, progress=count)
     print(json.dumps(report) if as_json else verify.text(report))
     if report["problems"]:
@@ -171,7 +180,7 @@ def data_synth(
     from freqkd_analysis import terminal
     from freqkd_analysis.data import synthetic
 
-    with terminal.counting("rendering") as count:
+    with terminal.counting("rendering", "pairs") as count:
         synthetic.write(out, layout, options, progress=count)
     terminal.say(f"written: {out}")
 
@@ -179,8 +188,8 @@ def data_synth(
 @app.command()
 def summarize(
     run: RunFolder,
-    bands: Annotated[str, typer.Option(help="Other bands, from the stored spectra.")] = "",
-    measure: Annotated[str, typer.Option(help="all, or some of cosine,relative,nmse,mse,...")] = "all",
+    bands: Annotated[str, typer.Option(help="Other bands, from the stored spectra; as for `layers`.")] = "",
+    measure: Annotated[str, typer.Option(help=MEASURES)] = "all",
     floor: Annotated[str, typer.Option(help="none | noise | shifted | shifted:PX.")] = "none",
     out: Annotated[Path | None, typer.Option(help="Where to (default: RUN, or RUN/rebanded-BANDS).")] = None,
     as_json: AsJson = False,

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 COLOURS = {"supports": "green", "against": "magenta", "undetermined": "yellow"}
 
 
-def console_table(run: Path, condition: str | None = None, measure: str | None = None) -> Table:
+def console_table(run: Path, condition: str | None = None, measure: str | None = None, narrow: bool = False) -> Table:
     """The table of one condition and measure, a row a layer and `all` last.
 
     Args:
         run: a finished run folder.
         condition, measure: by default the primary ones of the run.
+        narrow: leave out the equivalent shifts and most of the frame, for 80 columns.
     Returns: a rich Table: layer, low, high, ratio and calibrated ratio with 95 % intervals, equivalent shift in input
         pixels, verdict.
     Raises: RunError for a run folder without tables, or without rows of that condition and measure.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
@@ -42,7 +44,13 @@ def console_table(run: Path, condition: str | None = None, measure: str | None =
     count = f", {int(sizes['n'].max())} pairs in {int(sizes['groups'].max())} groups" if len(sizes) else ""
     name = f"{read.get('network', 'name', default='')} ({read.get('network', 'weights', default='not recorded')})"
     out = Table(title=Text(f"{name}: {condition}, {measure}{count}"), caption=Text("[..]: 95 % interval"))
+    if narrow:
+        out.box, out.show_edge, out.pad_edge, out.collapse_padding = SIMPLE_HEAD, False, False, True
+        out.caption = Text("[..]: 95 % interval; equivalent shifts: ratio.csv, or a terminal of 110 columns")
+    shifts = ("shift px low", "shift px high")
     for title in ("layer", "low", "high", "high / low", "calibrated", "shift px low", "shift px high", "verdict"):
+        if narrow and title in shifts:
+            continue
         left = title in ("high / low", "calibrated", "verdict")
         out.add_column(Text(title), justify="left" if left else "right", no_wrap=True)
     if measure == "mse":  # never alone: it grows with a band's energy and with its number of modes
@@ -54,7 +62,7 @@ def console_table(run: Path, condition: str | None = None, measure: str | None =
             str(row["layer"]), number(row["low"]), number(row["high"]),
             measured(row["ratio"], row["ratio_ci_low"], row["ratio_ci_high"]),
             measured(row["calibrated_ratio"], row["calibrated_ci_low"], row["calibrated_ci_high"]),
-            text(row["shift_low_px"]) or "–", text(row["shift_high_px"]) or "–",
+            *([] if narrow else [text(row["shift_low_px"]) or "–", text(row["shift_high_px"]) or "–"]),
         ]  # fmt: skip
         last = row["layer"] == "all"
         if last and out.row_count:

@@ -23,7 +23,7 @@ from freqkd_analysis import conditions, measure, models, plan, provenance, schem
 from freqkd_analysis.data import layouts
 from freqkd_analysis.errors import CheckFailed, DataError, FreqkdError, RunError, nearest
 from freqkd_analysis.features import find_taps, reductions
-from freqkd_analysis.plan import Machine, Plan, Settings
+from freqkd_analysis.plan import Block, Machine, Plan, Settings
 
 Say = Callable[[str], None]
 
@@ -51,10 +51,16 @@ class Job:
     bench: measure.Bench
     missing: list[str]
 
+    def images(self, block: Block) -> int:
+        """Images that a pair of this block sends through a network: the controls are many, so pairs tell no time."""
+        if block.kind != "control":
+            return 2
+        return 2 + conditions.images_made(self.settings.conditions) + 2 * self.plan.wants("random")
+
     @property
     def work(self) -> int:
-        """Steps of progress: pairs of every block."""
-        return sum(len(block.records) for block in self.plan.blocks)
+        """Steps of progress: images of every block."""
+        return sum(self.images(block) * len(block.records) for block in self.plan.blocks)
 
 
 def prepare(settings: Settings, machine: Machine, say: Say) -> Job:
@@ -94,6 +100,10 @@ def _step(network: models.Network) -> int:
     return max(reductions(network.model), default=1)
 
 
+PLACE = (f"{shards.FOLDER}/settings.json", "report.html")
+"""The files that an interrupted and a finished run have."""
+
+
 def claim_folder(run: Path, job: Job, resume: bool) -> None:
     """Make the run folder, or take up the run in it; its settings, pairs and weights must be the same."""
     note = run / shards.FOLDER / "settings.json"
@@ -101,17 +111,14 @@ def claim_folder(run: Path, job: Job, resume: bool) -> None:
     del own["max_bad"]  # decides when to give up, no number
     own["ids"] = provenance.sha256_lines(record.id for record in job.plan.records)
     own["sha256"] = job.bench.network.sha256
+    shards.check_place(run, resume, *PLACE)
     if resume:
-        if not note.is_file():
-            raise RunError(f"nothing to resume in {run}; expected the folder of an interrupted run (--out).")
         stored = json.loads(note.read_text())
         unlike = [name for name in own if stored.get(name) != own[name]]
         if unlike:
             raise RunError(f"{run} was started with {unlike[0]} = {stored.get(unlike[0])}, now {own[unlike[0]]}; "
                            "give the same options or another --out.")  # fmt: skip
         return
-    if run.exists() and any(run.iterdir()):
-        raise RunError(f"{run} exists; give another --out, or --resume to finish it.")
     schema.write_text(note, json.dumps(own, indent=1))
 
 
@@ -149,10 +156,11 @@ def measure_all(
     for kinds in (("mean",), ("main", "control")):
         mine = [block for block in job.plan.blocks if block.kind in kinds][rank::world]
         for block in mine:
+            each = job.images(block)
             if shards.done(run, block.name):
-                progress(len(block.records), "kept")
+                progress(each * len(block.records), "kept")
             else:
-                measure.run_block(job.bench, block, run, progress)
+                measure.run_block(job.bench, block, run, lambda n, what, each=each: progress(each * n, what))  # type: ignore[misc]
             bad |= {skip["id"] for skip in shards.skipped(run, block.name)}
             _check_bad(job, bad)
         meet()
@@ -230,6 +238,8 @@ def run(settings: Settings, machine: Machine, out: Path, resume: bool, say: Say,
     began = {"started": started, "commit": provenance.commit(), "command": list(command)}  # not those of the end
     rank, world = process()
     with joined(world) as meet:
+        if rank == 0:
+            shards.check_place(out, resume, *PLACE)  # before the minutes that a network and its pairs may take
         job = prepare(settings, machine, say if rank == 0 else lambda text: None)
         if rank == 0:
             claim_folder(out, job, resume)
@@ -260,8 +270,6 @@ def dry_run(job: Job) -> dict[str, Any]:
     if not shard.pairs["paired"]:
         raise CheckFailed(f"no pair of the first batch could be read: {shard.skipped[0]['reason']}")
     made = conditions.images_made(job.settings.conditions)
-    images = {"mean": 2, "main": 2, "control": 2 + made + 2 * job.plan.wants("random")}
-    forwards = sum(images[block.kind] * len(block.records) for block in job.plan.blocks)
     each = seconds / (2 * len(few.records))
     state = sum(4 * meter.z[0].nelement() * 4 for meter in bench.meters.values())
     rows = sum(int((meter.modes > 0).sum()) for meter in bench.meters.values())
@@ -270,9 +278,9 @@ def dry_run(job: Job) -> dict[str, Any]:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if bench.device != "cpu" else peak
-    return {"pairs": len(job.plan.records), "groups": len({r.group for r in job.plan.records}), "images": forwards,
+    return {"pairs": len(job.plan.records), "groups": len({r.group for r in job.plan.records}), "images": job.work,
             "network": bench.network.name, "weights": bench.network.source, "input": list(bench.geometry.size),
             "layers": [{"layer": t.layer, "tap": t.tap, "grid": list(t.grid), "stride": t.stride,
                         "channels": t.channels, "modes": bench.bands[t.layer].modes.tolist()} for t in bench.taps],
-            "seconds": round(forwards * each, 1), "memory_bytes": int(memory + state),
+            "seconds": round(job.work * each, 1), "memory_bytes": int(memory + state),
             "disk_bytes": int(rows * per_pair * 40), "batch_size": bench.batch, "device": bench.device}  # fmt: skip

@@ -104,6 +104,26 @@ def done(run: Path, block: str) -> bool:
         return False
 
 
+def check_place(run: Path, resume: bool, begun: str, finished: str) -> None:
+    """Is this folder free for a new run, or with `resume` a run that was interrupted?
+
+    Args: begun, finished: the files that an interrupted and a finished run have.
+    Raises: RunError, with what the folder is.
+    """
+    if not run.is_dir() or not any(run.iterdir()):
+        if run.exists() and not run.is_dir():
+            raise RunError(f"{run} is a file; give a folder as --out.")
+        if resume:
+            raise RunError(f"nothing to resume in {run}; expected the folder of an interrupted run (--out).")
+        return
+    if resume and not (run / begun).is_file():
+        why = "is finished" if (run / finished).is_file() else "is no interrupted run"
+        raise RunError(f"nothing to resume in {run}: it {why}. A new run needs another --out.")
+    if not resume:
+        orelse = ", or --resume to finish it" if (run / begun).is_file() and not (run / finished).is_file() else ""
+        raise RunError(f"{run} exists and is not empty; give another --out{orelse}.")
+
+
 def unfinished(parent: Path) -> Path:
     """The newest run folder below `parent` that still has shards. Raises RunError when there is none."""
     found = sorted(path.parent.parent for path in parent.glob(f"*/{FOLDER}/settings.json"))

@@ -11,13 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from freqkd_analysis.errors import FreqkdError
 from freqkd_analysis.provenance import plain
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 PLAIN_SECONDS = 10.0
 """Without a terminal, one progress line in so many seconds."""
+
+
+_ROWS = 100
+"""Decides nothing in print, but without it rich takes no width for a terminal that calls itself dumb."""
 
 
 def say(text: str) -> None:
@@ -57,8 +64,11 @@ def fresh_folder(resume: bool) -> Path:
 
 
 @contextlib.contextmanager
-def progress(total: int, kept: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar of `total` pairs with pairs/s and time left; the callback takes pairs done and what is being done."""
+def progress(total: int, unit: str = "images") -> Iterator[Callable[[int, str], None]]:
+    """A bar of `total` steps with their rate and the time left; the callback takes steps done and what is being done.
+
+    unit: what a step is, in the plural.
+    """
     clock, done, last = time.monotonic(), 0, 0.0
     if not sys.stderr.isatty():
 
@@ -69,7 +79,7 @@ def progress(total: int, kept: int = 0) -> Iterator[Callable[[int, str], None]]:
             if passed - last >= PLAIN_SECONDS or done == total:
                 last = passed
                 left = (total - done) * passed / max(done, 1)
-                say(f"{what}: {done}/{total}, {done / max(passed, 1e-9):.1f} pairs/s, {left:.0f} s left")
+                say(f"{what}: {done}/{total} {unit}, {done / max(passed, 1e-9):.1f} a second, {left:.0f} s left")
 
         yield line
         return
@@ -79,20 +89,20 @@ def progress(total: int, kept: int = 0) -> Iterator[Callable[[int, str], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("pairs", total=total, rate="")
+        task = bar.add_task(unit, total=total, rate="")
 
         def step(count: int, what: str) -> None:
             nonlocal done
             done += count
             rate = done / max(time.monotonic() - clock, 1e-9)
-            bar.update(task, advance=count, description=what, rate=f"{rate:.1f} pairs/s")
+            bar.update(task, advance=count, description=what, rate=f"{unit}, {rate:.1f} a second")
 
         yield step
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress for work that reports (done, in all)."""
+def counting(what: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """Progress for work that reports (done, in all); unit as for `progress`."""
     with contextlib.ExitStack() as stack:
         step: Callable[[int, str], None] | None = None
         before = 0
@@ -100,11 +110,32 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         def count(done: int, total: int) -> None:
             nonlocal step, before
             if step is None:
-                step = stack.enter_context(progress(total))
+                step = stack.enter_context(progress(total, unit))
             step(done - before, what)
             before = done
 
         yield count
+
+
+def _line(name: str, value: Any) -> str:
+    """A value for people: bytes in GB, seconds also in minutes or hours; `--json` keeps the plain number."""
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')}: {value / 1e9:.3g} GB"
+    if name == "seconds":
+        return f"time: {duration(value)}"
+    return f"{name}: {value}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that people would take.
+
+    Example:
+        >>> duration(19.1), duration(226.4), duration(8000)
+        ('19 s', '3.8 min', '2.2 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show(content: Any, as_json: bool) -> None:
@@ -118,7 +149,7 @@ def show(content: Any, as_json: bool) -> None:
                 print(f"{name}:")
                 show(value, False)
             else:
-                print(f"{name}: {value}")
+                print(_line(name, value))
         return
     from rich.console import Console
     from rich.table import Table
@@ -132,6 +163,19 @@ def show(content: Any, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+def needed(table: Table) -> int:
+    """Columns that a table takes with every cell whole: a number cut short is another number.
+
+    Example:
+        >>> from rich.table import Table
+        >>> needed(Table("low", "high"))
+        14
+    """
+    from rich.console import Console
+
+    return Console(width=1000, height=_ROWS).measure(table).maximum
+
+
 def print_run(run: Path) -> None:
     """The run's table on stdout (for the preset `paper` the released one too), on stderr where its files are."""
     from rich.console import Console
@@ -139,11 +183,15 @@ def print_run(run: Path) -> None:
     from freqkd_analysis.console import console_table, released_table
     from freqkd_analysis.provenance import read_manifest
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(console_table(run))
+    width = Console().width if sys.stdout.isatty() else 160
+    table = console_table(run)
+    if needed(table) > width:
+        table = console_table(run, narrow=True)
+    Console(width=max(width, needed(table)), height=_ROWS).print(table)
     manifest = read_manifest(run)
     if manifest["config"].get("preset") == "paper" and "paired" in manifest.get("conditions", {"paired": {}}):
-        console.print(released_table(run))
+        released = released_table(run)
+        Console(width=max(width, needed(released)), height=_ROWS).print(released)
     for name in ("ratio.csv", "figures", "report.html"):
         if (run / name).exists():
             say(f"{run / name}")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from freqkd_analysis.data import listing
+from freqkd_analysis.data.layouts import LAYOUTS
 from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import first, nearest
 from freqkd_train import annotation_files
@@ -133,6 +134,9 @@ def _no_layout(layout: str) -> str:
     if layout == "synthetic":
         return ("synthetic scenes need files to be annotated: `freqkd-analyze data synth FOLDER --layout kaist` writes "
                 "them; then kaist:FOLDER.")  # fmt: skip
+    if layout in LAYOUTS:
+        return (f"{layout}: holds pairs without annotations, which a detector cannot learn from. Name annotated data, "
+                "or distil alone: freqkd-train distill --data.")  # fmt: skip
     known = ", ".join(usage for _, usage in SETS.values())
     return f'no annotated layout named "{layout}".{nearest(layout, SETS)} Known: {known}.'
 

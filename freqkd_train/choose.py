@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freqkd_analysis import options
+from freqkd_analysis import options, shards
 from freqkd_analysis.errors import FreqkdError, RunError, nearest
 from freqkd_analysis.provenance import plain
 from freqkd_analysis.runfolder import measured, number
@@ -36,10 +36,8 @@ def settings(given: Mapping[str, Any], changes: Sequence[str], file: Path | None
     if sum(map(bool, (file, recipe or preset))) > 1:
         raise ConfigError("expected --config or --recipe, got both; change single settings with --set.")
     if resumed is not None and not (file or recipe or preset):
-        path = resumed / "config.yaml"
-        if not path.is_file():
-            raise RunError(f"nothing to resume in {resumed}; expected the folder of an interrupted run (--out).")
-        start = files.read(path)
+        shards.check_place(resumed, True, *files.PLACE)
+        start = files.read(resumed / "config.yaml")
     elif file is not None:
         start = files.read(file)
     else:

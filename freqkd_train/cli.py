@@ -60,11 +60,11 @@ def distill(
     lr: Annotated[float, option(panel=_LOOP, help="Highest learning rate.")] = 2e-4,
     cache_gb: Annotated[float, option(panel=_LOOP, min=0, help="Room for stored teacher features.")] = 0.0,
     device: Annotated[str, option(panel=_LOOP, help="auto | cpu | cuda | cuda:N.")] = "auto",
-    seed: Annotated[int, option(panel=_LOOP, min=0, help="Of split, order, augmentation, initial weights.")] = 0,
+    seed: Annotated[int, option(panel=_LOOP, min=0, help="Seed of split, order, augmentation, initial weights.")] = 0,
     recipe: Annotated[str, option(help="Start from a recipe, see `freqkd-train config recipes`.")] = "",
     preset: Annotated[str, option(help="Scale of the recipe: paper | compact | smoke.")] = "",
     config: Annotated[Path | None, option(help="Start from a YAML file, such as a run's config.yaml.")] = None,
-    changes: Annotated[list[str] | None, option("--set", metavar="KEY=VALUE", help="Any setting.")] = None,
+    changes: Annotated[list[str] | None, option("--set", metavar="KEY=VALUE", help="Any; see `config show`.")] = None,
     resume: Annotated[bool, option(help="Finish the interrupted run in --out.")] = False,
     dry_run: Annotated[bool, option(help="Say parameters, memory, disk and time from a few steps.")] = False,
     as_json: Annotated[bool, option("--json", help="One JSON object on stdout.")] = False,
@@ -166,7 +166,7 @@ def _study(recipe: str) -> Any:
         device: Annotated[str, option(help="auto | cpu | cuda | cuda:N.")] = "auto",
         start: Annotated[str, option("--from", help="Redo from analyse | distil | finetune | evaluate on.")] = "",
         as_json: AsJson = False,
-        out: Annotated[Path | None, option(help="Study folder, resumed when it exists (default: runs/RECIPE).")] = None,
+        out: Annotated[Path | None, option(help="Study folder; goes on when it exists (default: runs/RECIPE).")] = None,
     ) -> None:
         from freqkd_analysis import terminal
         from freqkd_train import arms, choose, study
@@ -178,7 +178,7 @@ def _study(recipe: str) -> Any:
         try:
             table = study.run(chosen, folder, terminal.say, ["freqkd-train", *sys.argv[1:]], start)
         except KeyboardInterrupt:
-            terminal.say("stopped; the same command, without --from, goes on")
+            terminal.say("stopped; what is done is kept. The same command, without --from, goes on")
             raise typer.Exit(130) from None
         choose.show_comparison(table, folder / "compare", as_json)
 

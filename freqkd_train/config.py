@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from freqkd_analysis import provenance, schema
+from freqkd_analysis import provenance, schema, shards
 from freqkd_analysis.errors import FreqkdError, RunError, nearest
 
 S = TypeVar("S", bound="Section")
@@ -113,7 +113,7 @@ class Student(Section):
             raise ValueError(f'expected student.adapt auto, lora, full, head or last:K, got "{self.adapt}"')
         if self.weights == "random" and self.merge not in (None, 1.0):
             raise ValueError(f"student.merge {self.merge} would mix in random weights; a student from random weights "
-                             "needs student.merge 1")  # fmt: skip
+                             "needs student.merge 1 (--merge 1)")  # fmt: skip
         return self
 
 
@@ -341,23 +341,24 @@ def flat(settings: Section) -> dict[str, Any]:
     return {key: provenance.plain(_at(settings, key)) for key in all_keys(type(settings))}
 
 
+PLACE = ("config.yaml", "manifest.json")
+"""The files that an interrupted and a finished run have."""
+
+
 def claim(out: Path, settings: Section, resume: bool, free: Collection[str] = ()) -> None:
     """Make a run folder with its config.yaml, or check that the one there has the same settings but for `free` keys.
 
     Raises: RunError for a folder with anything in it (without resume), without settings, or with others.
     """
     path = out / "config.yaml"
+    shards.check_place(out, resume, *PLACE)
     if resume:
-        if not path.is_file():
-            raise RunError(f"nothing to resume in {out}; expected the folder of an interrupted run (--out).")
         unlike = difference(parsed(type(settings), tree(path), path), settings)
         for key, (stored, now) in unlike.items():
             if key not in free:
                 raise RunError(f"{out} was started with {key} = {stored}, now {now}; give the same settings or another "
                                "--out.")  # fmt: skip
         return
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} exists; give another --out, or --resume to finish it.")
     write(path, settings)
 
 

@@ -192,7 +192,7 @@ class _Run:
 
     def stopped(self) -> NoReturn:
         """Say where, and end."""
-        self.say(f"stopped after step {self.loop.done} of {self.loop.steps}; go on with --resume")
+        self.say(f"stopped after step {self.loop.done} of {self.loop.steps}; what is learned is kept")
         raise KeyboardInterrupt
 
     def _wants_shares(self) -> bool:

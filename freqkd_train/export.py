@@ -5,6 +5,7 @@ Nothing of the training is in them: a student loads by timm alone.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,13 @@ def fixed_size(model: nn.Module) -> bool:
     return getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
 
 
+def check_onnx() -> None:
+    """Raises FreqkdError, with what to install, where a package is missing that `to_onnx` needs."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):  # torch's exporter needs the last
+        if importlib.util.find_spec(name) is None:
+            raise FreqkdError(f"--onnx needs {name}: pip install onnx onnxruntime onnxscript.")
+
+
 def to_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     """The network as ONNX, checked against torch on these images.
 
@@ -60,12 +68,10 @@ def to_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     Returns: largest difference of the last feature map, relative to its largest value.
     Raises: CheckFailed above ONNX_TOLERANCE, or when a Fourier transform is in the graph: the file is then not written.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as error:
-        raise FreqkdError(f"--onnx needs {error.name}: pip install 'freqkd[export]'.") from None
+    check_onnx()
+    import onnx
+    import onnxruntime
+
     whole = _Features(model.eval())
     with torch.no_grad():
         expected = whole(images).numpy()

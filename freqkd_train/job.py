@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqkd_analysis import __version__, layers, models, provenance, schema, terminal
+from freqkd_analysis import __version__, layers, models, provenance, schema, shards, terminal
 from freqkd_analysis.conditions import Geometry
 from freqkd_analysis.data import layouts
 from freqkd_analysis.data.records import PairRecord, stratified
@@ -135,7 +135,7 @@ def resolved(config: Config, teacher: Network, student: Network, geometry: Geome
         merge = 0.5 if student.trained else 1.0
     if not student.trained and merge != 1:
         raise ConfigError(f"student.merge {merge} would mix in random weights; a student from random weights needs "
-                          "student.merge 1.")  # fmt: skip
+                          "student.merge 1 (--merge 1).")  # fmt: skip
     if config.student.merge is None or config.student.adapt == "auto":
         config = config.updated({"student.merge": merge, "student.adapt": students.way(student.model, config.student)})
     same = not config.student.name and config.student.weights == "auto"
@@ -221,7 +221,7 @@ def store_teacher(job: Job, say: Say) -> None:
     if layers.process()[1] > 1:
         cache.read(ids[:1], False)  # says so when it is not there: two processes must not write it
     else:
-        with terminal.counting("teacher's features") as count:
+        with terminal.counting("teacher's features", "pairs") as count:
             cache.build(run, count, say)
 
     def read(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -273,6 +273,8 @@ def run(config: Config, out: Path, resume: bool, say: Say, command: Sequence[str
     commit = provenance.commit()
     first = layers.process()[0] == 0
     say = say if first else _silent
+    if first:
+        shards.check_place(out, resume, *settings_file.PLACE)  # before networks and pairs are read
     job = prepare(config, say)
     if config.loss.name != distill.NONE:
         ready(job, say)

@@ -364,6 +364,8 @@ def measured_settings(run: Path, taps: Mapping[str, tuple[Grid, int]], rule: str
     Raises: FreqkdError naming the tap, and the band or the edges, that the file does not have or that do not match.
     """
     path, again = run / "band_weights.json", "write it again: freqkd-analyze summarize RUN."
+    if not path.is_file():
+        raise RunError(f"no band_weights.json in {run}; expected the folder of a finished `freqkd-analyze layers` run.")
     content = read_object(path, _WEIGHTS, again)
     text, layers = bands or content["bands"]["text"], {entry["tap"]: entry for entry in content["layers"]}
     if normalize not in ("none", "band"):

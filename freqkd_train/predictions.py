@@ -24,7 +24,7 @@ def boxes(built: assembly.Built, target: Target, size: int, modality: str = "") 
     """Detections on every image of the target, in its own pixels. size: images at once."""
     source = assembly.source(built, target, modality or built.settings.modality)
     parts: list[Detections] = []
-    with terminal.counting("images") as count:
+    with terminal.counting("predicting") as count:
         for numbers, batch in source.batches(size):
             found = detection.predict(built.step, batch["images"].to(built.device))
             parts.append(detection.to_detections(found, numbers, source.native))
@@ -38,7 +38,7 @@ def confusions(built: assembly.Built, target: Target, size: int) -> np.ndarray:
     source = assembly.source(built, target, built.settings.modality)
     matrices = []
     assert target.masks is not None
-    with terminal.counting("images") as count:
+    with terminal.counting("predicting") as count:
         for numbers, batch in source.batches(size):
             images = batch["images"].to(built.device)
             for place, number in enumerate(numbers):

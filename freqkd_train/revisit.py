@@ -28,6 +28,8 @@ def export_run(run: Path, which: str, merge: float | None, onnx: bool, out: Path
 
     Raises: RunError for a folder without settings or checkpoints; ConfigError for a merge outside 0 to 1.
     """
+    if onnx:
+        export.check_onnx()
     made = _prepared(run, say)
     if merge is not None:
         made.config = made.config.updated({"student.merge": merge})
@@ -62,5 +64,7 @@ def replay(bundle: Path, say: Say) -> dict[str, Any]:
     """Loss and terms of the step that a run stopped at."""
     from freqkd_train import engine
 
+    if not (bundle.parent / "config.yaml").is_file():
+        raise RunError(f"{bundle} is no nonfinite-step-N folder inside the folder of a `distill` run.")
     made = _prepared(bundle.parent, say)
     return engine.replay(bundle, made.step)

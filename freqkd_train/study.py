@@ -48,7 +48,7 @@ def annotated(study: Study, out: Path, say: Say) -> str:
     if not (root / ".whole").exists():
         say(f"no data given: writing synthetic scenes in the layout of {layout}; they show the tool, not the world")
         shutil.rmtree(root, ignore_errors=True)
-        with terminal.counting("rendering") as count:
+        with terminal.counting("rendering", "pairs") as count:
             synthetic.write(root, layout, SCENES, progress=count)
         (root / ".whole").touch()
     return f"{layout}:{root}"
@@ -142,6 +142,7 @@ def run(study: Study, out: Path, say: Say, command: Sequence[str], start: str = 
         raise FreqkdError(f'expected --from {"|".join(STAGES)}, got "{start}".{nearest(start, STAGES)}')
     arms.check(study)
     layers.device_of(study.device)
+    _check_place(out)
     going = Going(study, out.resolve(), say, command)
     if start:
         going.forget(STAGES[STAGES.index(start) :])
@@ -149,6 +150,19 @@ def run(study: Study, out: Path, say: Say, command: Sequence[str], start: str = 
     table = compare.compare(evaluated)
     compare.write(table, out / "compare")
     return table
+
+
+def _check_place(out: Path) -> None:
+    """A study goes on in its own folder; it must not grow into the folder of something else.
+
+    Raises: RunError for a folder that is neither empty nor a study.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; give a folder as --out.")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # What a study writes first; the rest follows from it.
+    if there and (not there & {LEAK, "data", "train_pairs.csv", *STAGES} or "manifest.json" in there):
+        raise RunError(f"{out} exists and is no study; give another --out.")
 
 
 class Going:
@@ -275,6 +289,6 @@ class Going:
         mark = self.out / LEAK
         if _stored(mark, {"of": dict}).get("of") == asked:
             return
-        with terminal.counting("looking for shared frames") as count:
+        with terminal.counting("looking for shared frames", "frames") as count:
             found = leaks.of_pairs(self.pairs, sides[0], self.exclude, target, test.allow_leak, count)
         schema.write_text(mark, json.dumps({"of": asked} | found, indent=1) + "\n")

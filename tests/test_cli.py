@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqkd_analysis import cli
+from freqkd_analysis import cli, terminal
 
 FAST = ["--model", "resnet10t", "--weights", "random", "--size", "64", "--control-pairs", "4", "--device", "cpu"]
 
@@ -74,7 +75,7 @@ def test_a_run_leaves_every_file(run):
 def test_table_on_stdout_talk_on_stderr(pairs, tmp_path, capsys):
     status, out, err = call(capsys, "layers", "--data", spec(pairs), "--pairs", 8, "--out", tmp_path / "r",
                             "--conditions", "shuffled", *FAST)  # fmt: skip
-    assert status == 0 and "verdict" in out and "report.html" in err and "8/8" in err
+    assert status == 0 and "verdict" in out and "report.html" in err and "16/16 images" in err
 
 
 def test_json_is_one_object(pairs, tmp_path, capsys):
@@ -104,10 +105,14 @@ def test_json_is_one_object(pairs, tmp_path, capsys):
         (["--device", "cua"], 'Did you mean "cuda"?'),
         (["--data", "floder:a:b"], 'Did you mean "folder"?'),
         (["--data", "folder:nowhere:ir"], "nowhere"),
+        (["--data", "folder:vis"], 'expected folder:VIS:IR, got "folder:vis" (1 part after folder:)'),
+        (["--data", "docs:tests"], "For two folders: folder:docs:tests."),
+        (["--data", "docs"], "For two folders: folder:docs:INFRARED."),
         (["--weights", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
     ],
 )
-def test_wrong_words_get_one_line_and_leave_nothing(pairs, tmp_path, capsys, words, says):
+def test_wrong_words_get_one_line_and_leave_nothing(pairs, tmp_path, capsys, monkeypatch, words, says):
+    monkeypatch.chdir(Path(__file__).parent.parent)
     line = refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path / "r", *FAST, *words)
     assert says in line
     assert not (tmp_path / "r").exists()
@@ -149,7 +154,37 @@ def test_a_pickle_with_a_payload_is_refused_and_not_run(pairs, tmp_path, capsys)
 def test_a_taken_run_folder_is_refused_and_kept(run, pairs, capsys):
     before = (run / "ratio.csv").read_bytes()
     line = refused(capsys, "layers", "--data", spec(pairs), "--out", run, *FAST)
-    assert "exists; give another --out, or --resume" in line and (run / "ratio.csv").read_bytes() == before
+    assert line.endswith("exists and is not empty; give another --out.") and (run / "ratio.csv").read_bytes() == before
+    assert "it is finished. A new run" in refused(capsys, "layers", "--data", spec(pairs), "--out", run, "--resume")
+
+
+def test_a_taken_folder_is_refused_before_the_network_is_made(pairs, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path, "--model", "no-such-network")
+    assert "exists and is not empty" in line
+    assert "is no interrupted run" in refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path, "--resume")
+    assert "is a file" in refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path / "notes.txt")
+
+
+def test_progress_counts_images_of_all_blocks(pairs, tmp_path, capsys):
+    """A control pair makes many images; counted as one pair, the time left would be far too short."""
+    words = ["layers", "--data", spec(pairs), "--pairs", 8, *FAST, "--conditions", "shuffled,grey,blur"]
+    total = json.loads(call(capsys, *words, "--dry-run", "--json")[1])["images"]
+    assert (
+        total == 8 * 2 + 4 * (2 + 2) and f"{total}/{total} images" in call(capsys, *words, "--out", tmp_path / "r")[2]
+    )
+
+
+def test_the_table_keeps_its_numbers_whole_on_a_narrow_terminal(run, capsys, monkeypatch):
+    monkeypatch.setattr(terminal.sys.stdout, "isatty", lambda: True, raising=False)
+    for width in (60, 80, 100, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("TERM", "dumb" if width == 80 else "xterm")
+        terminal.print_run(run)
+        out = capsys.readouterr().out
+        assert "…" not in out, width
+        assert max(map(len, out.splitlines())) <= max(width, 80), width
+        assert ("shift px low" in out) == (width >= 115), width
 
 
 def test_resume_without_a_run_says_what_is_expected(pairs, tmp_path, capsys, monkeypatch):
@@ -268,7 +303,10 @@ def test_a_signal_leaves_a_run_that_resumes(pairs, run, tmp_path, capsys, kind):
     process.send_signal(kind)
     err = process.communicate(timeout=60)[1]
     if kind != signal.SIGKILL:
-        assert process.returncode == 130 and "--resume --out" in err and "Traceback" not in err
+        assert process.returncode == 130 and "Traceback" not in err
+        again = shlex.split(err.splitlines()[-1].partition("Go on with: ")[2])
+        assert again[0] == "freqkd-analyze" and again[-3:] == ["--out", str(out), "--resume"]
+        assert again[1:-1] == process.args[3:]
     assert not (out / "spectra.parquet").exists()
     assert call(capsys, "layers", "--data", spec(pairs), "--pairs", 8, "--out", out, "--resume", *FAST)[0] == 0
     for name in ("spectra.parquet", "divergence.parquet", "coherence.parquet", "summary.csv", "ratio.csv"):

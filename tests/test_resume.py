@@ -78,7 +78,7 @@ def test_a_signal_saves_and_stops(whole: Path, tmp_path: Path, number: signal.Si
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, source=source, say=said.append)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    assert said == [f"stopped after step {step} of {STEPS}; go on with --resume"]
+    assert said == [f"stopped after step {step} of {STEPS}; what is learned is kept"]
     assert checkpoint.load(checkpoint.steps(tmp_path)[-1])["step"] == step
     again = Samples()
     train(tmp_path, source=again, resume=True, say=said.append)

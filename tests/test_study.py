@@ -53,6 +53,16 @@ def detected(tmp_path_factory) -> Path:
     return out
 
 
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    for name in ("manifest.json", "holiday.txt"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text("{}")
+        with pytest.raises(RunError, match="exists and is no study"):
+            study.run(tiny("kaist"), out, quiet, ["test"])
+        assert [path.name for path in out.iterdir()] == [name]
+
+
 def test_every_stage_leaves_its_folder(done):
     for name in ("none-0", "freqkd-0"):
         assert (done / "distil" / name / "student.safetensors").is_file()

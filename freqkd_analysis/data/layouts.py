@@ -244,7 +244,8 @@ def scan(spec: str) -> tuple[list[PairRecord], list[str]]:
     usage = LAYOUTS[name].usage
     least, most = usage.split("[")[0].count(":"), usage.count(":")
     if len(arguments) < least or (len(arguments) > most and name != "synthetic"):
-        raise DataError(f'expected {usage}, got "{spec}" ({len(arguments)} parts after the layout).')
+        what = f"{len(arguments)} part{'s' * (len(arguments) != 1)} after {name}:"
+        raise DataError(f'expected {usage}, got "{spec}" ({what}).')
     found = LAYOUTS[name].read(*arguments)
     found = [replace(record, meta={**record.meta, "layout": name}) for record in found]
     seen: set[str] = set()
@@ -303,7 +304,7 @@ def read(record: PairRecord, conversion: str) -> PairedSample:
 def _name(spec: str) -> str:
     name = spec.partition(":")[0]
     if name not in LAYOUTS:
-        hint = f" For a folder with manifest.csv: kit:{spec}." if Path(spec).is_dir() else nearest(name, LAYOUTS)
+        hint = listing.hint(spec) or nearest(name, LAYOUTS)
         raise DataError(f'no data layout named "{name}".{hint} Known: {", ".join(LAYOUTS)}.')
     return name
 

@@ -40,6 +40,22 @@ def rendered(spec: str) -> bool:
     return any((Path(part).expanduser() / RENDERED).is_file() for part in spec.split(":")[1:])
 
 
+def hint(spec: str) -> str:
+    """The layout that is missing before folders that are there, as a ready phrase.
+
+    Example:
+        >>> hint("/:/"), hint("no/such:folders")
+        (' For two folders: folder:/:/.', '')
+    """
+    folders = spec.split(":")
+    if not all(part and Path(part).expanduser().is_dir() for part in folders):
+        return ""
+    if len(folders) == 2:
+        return f" For two folders: folder:{spec}."
+    listed = (Path(spec).expanduser() / "manifest.csv").is_file()
+    return f" For a folder with manifest.csv: kit:{spec}." if listed else f" For two folders: folder:{spec}:INFRARED."
+
+
 def child(base: Path, *names: str) -> Path | None:
     """The folder of `base` with one of `names`, whatever its case."""
     wanted = {name.lower() for name in names}

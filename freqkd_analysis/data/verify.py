@@ -116,9 +116,9 @@ def text(report: dict[str, Any]) -> str:
     """The report for a console: counts, then the histogram of shifts, then warnings and problems."""
     lines = [
         f"{report['spec']}: {report['pairs']} pairs in {report['groups']} groups"
-        f" ({report['day']} day, {report['night']} night)",
-        f"sizes: {_listed(report['sizes'])}; infrared bits: {_listed(report['ir_bits'])} ({report['ir_conversion']});"
-        f" grey visible images: {report['visible_is_grey']}",
+        + (f" ({report['day']} day, {report['night']} night)" if report["day"] or report["night"] else ""),
+        f"sizes: {_listed(report['sizes'])}; infrared bits: {_listed(report['ir_bits'])},"
+        f" read as {report['ir_conversion']}; grey visible images: {report['visible_is_grey']}",
     ]
     if shifts := report["registration"]:
         lines.append(f"registration shift: {shifts['measured']} measured, {shifts['not_measured']} not measured")
