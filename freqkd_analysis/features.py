@@ -143,7 +143,8 @@ def _select(model: nn.Module, names: list[str], layers: str) -> list[str]:
         numbers = [int(part) for part in layers.split(",")]
         wrong = [n for n in numbers if not -len(names) <= n < len(names)]
         if wrong:
-            raise NetworkError(f"layer {wrong[0]} is out of range; the network has layers 0 to {len(names) - 1}.")
+            raise NetworkError(f"layer {wrong[0]} is out of range; the network has layers 0 to {len(names) - 1}. "
+                               f"Asked for: {layers}.")  # fmt: skip
         return list(dict.fromkeys(names[n] for n in numbers))
     every = [name for name, _ in model.named_modules() if name]
     found = [name for name in every if any(_glob(name, part.strip()) for part in layers.split(","))]

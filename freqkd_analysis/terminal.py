@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freqkd_analysis.errors import FreqkdError
+from freqkd_analysis.errors import FreqkdError, first
 from freqkd_analysis.provenance import plain
 
 if TYPE_CHECKING:
@@ -192,6 +192,8 @@ def print_run(run: Path) -> None:
     if manifest["config"].get("preset") == "paper" and "paired" in manifest.get("conditions", {"paired": {}}):
         released = released_table(run)
         Console(width=max(width, needed(released)), height=_ROWS).print(released)
+    if left_out := manifest["data"].get("skipped"):
+        say(f"left out, as they cannot be read: {first(one['id'] for one in left_out)}; why: report.html")
     for name in ("ratio.csv", "figures", "report.html"):
         if (run / name).exists():
             say(f"{run / name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -141,6 +142,16 @@ def test_two_sizes_in_one_pair_count_as_unreadable(pairs, tmp_path, capsys):
     assert "1 pairs cannot be read, more than --max-bad 0" in line and "020" in line
 
 
+def test_an_unreadable_pair_is_named_where_the_table_is_printed(pairs, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(pairs, tmp_path / "p")
+    (tmp_path / "p" / "ir" / "020.png").write_bytes(b"no image")
+    status, _, err = call(capsys, "layers", "--data", spec(tmp_path / "p"), "--pairs", 8, "--out", tmp_path / "r",
+                          "--conditions", "none", *FAST)  # fmt: skip
+    assert status == 0 and "left out, as they cannot be read: 020;" in err
+
+
 def test_a_pickle_with_a_payload_is_refused_and_not_run(pairs, tmp_path, capsys):
     class Payload:
         def __reduce__(self):
@@ -181,7 +192,7 @@ def test_the_table_keeps_its_numbers_whole_on_a_narrow_terminal(run, capsys, mon
         monkeypatch.setenv("COLUMNS", str(width))
         monkeypatch.setenv("TERM", "dumb" if width == 80 else "xterm")
         terminal.print_run(run)
-        out = capsys.readouterr().out
+        out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
         assert "…" not in out, width
         assert max(map(len, out.splitlines())) <= max(width, 80), width
         assert ("shift px low" in out) == (width >= 115), width

@@ -128,6 +128,16 @@ def test_missing_partners_are_a_problem(tree):
     assert report["pairs"] == 3
 
 
+def test_folders_without_one_common_name_are_a_problem_and_no_crash(tree):
+    for path in (tree / "i").iterdir():
+        path.rename(path.with_stem(f"other{path.stem}"))
+    report = report_of(tree)
+    assert report["pairs"] == 0 and len(report["missing"]) == 8
+    assert "problem: 8 pairs lack a file" in verify.text(report)
+    with pytest.raises(DataError, match="8 of 8 pairs lack a file: .* A pair is two files of one name"):
+        layouts.load(f"folder:{tree}/v:{tree}/i")
+
+
 def test_corrupt_and_truncated_files_are_listed_with_the_reason(tree):
     whole = (tree / "v/a.png").read_bytes()
     (tree / "v/a.png").write_bytes(whole[: len(whole) // 2])

@@ -228,7 +228,7 @@ def load(spec: str, on_missing: Callable[[list[str]], None] | None = None) -> li
     if missing and (on_missing is None or not records):
         raise DataError(
             f"{spec}: {len(missing)} of {len(missing) + len(records)} pairs lack a file: {first(missing)}. "
-            "Add the files, or take the names out."
+            + ("Add the files, or take the names out." if records else "A pair is two files of one name.")
         )
     if on_missing and missing:
         on_missing(missing)

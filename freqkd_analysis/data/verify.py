@@ -204,8 +204,8 @@ def _sharing(keyed: Any) -> list[list[str]]:
 
 
 def _near(seen: Sequence[_Seen]) -> dict[str, Any]:
-    if len(seen) > _MOST_COMPARED:
-        return {"near_across_groups": [], "near_within_groups": None}
+    if not 0 < len(seen) <= _MOST_COMPARED:
+        return {"near_across_groups": [], "near_within_groups": None if seen else 0}
     groups = np.array([one.record.group for one in seen])
     alike = np.ones((len(seen), len(seen)), dtype=bool)
     for place in range(2):
