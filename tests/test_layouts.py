@@ -308,7 +308,10 @@ def test_missing_and_empty_folders_are_one_line(tmp_path, name):
         assert "\n" not in str(error.value)
 
 
-def test_a_bare_path_is_met_with_the_kit_layout(tmp_path):
+def test_a_bare_path_is_met_with_the_layout_that_fits_it(tmp_path):
+    with pytest.raises(DataError, match=f"folder:{tmp_path}:INFRARED"):
+        layouts.load(str(tmp_path))
+    (tmp_path / "manifest.csv").touch()
     with pytest.raises(DataError, match=f"kit:{tmp_path}"):
         layouts.load(str(tmp_path))
 
