@@ -121,7 +121,7 @@ def check_place(run: Path, resume: bool, begun: str, finished: str) -> None:
         raise RunError(f"nothing to resume in {run}: it {why}. A new run needs another --out.")
     if not resume:
         orelse = ", or --resume to finish it" if (run / begun).is_file() and not (run / finished).is_file() else ""
-        raise RunError(f"{run} exists and is not empty; give another --out{orelse}.")
+        raise RunError(f"{run} exists; give another --out{orelse}.")
 
 
 def unfinished(parent: Path) -> Path:

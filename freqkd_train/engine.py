@@ -274,6 +274,8 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         asked = True
+        # Not print: a handler may run inside one. Without a word, a step of seconds looks like a key not heard.
+        os.write(2, b"stopping after this step; a second time ends at once, without saving\n")
 
     before = {}
     if threading.current_thread() is threading.main_thread():

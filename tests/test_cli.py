@@ -165,14 +165,14 @@ def test_a_pickle_with_a_payload_is_refused_and_not_run(pairs, tmp_path, capsys)
 def test_a_taken_run_folder_is_refused_and_kept(run, pairs, capsys):
     before = (run / "ratio.csv").read_bytes()
     line = refused(capsys, "layers", "--data", spec(pairs), "--out", run, *FAST)
-    assert line.endswith("exists and is not empty; give another --out.") and (run / "ratio.csv").read_bytes() == before
+    assert line.endswith("exists; give another --out.") and (run / "ratio.csv").read_bytes() == before
     assert "it is finished. A new run" in refused(capsys, "layers", "--data", spec(pairs), "--out", run, "--resume")
 
 
 def test_a_taken_folder_is_refused_before_the_network_is_made(pairs, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     line = refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path, "--model", "no-such-network")
-    assert "exists and is not empty" in line
+    assert "exists; give another --out." in line
     assert "is no interrupted run" in refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path, "--resume")
     assert "is a file" in refused(capsys, "layers", "--data", spec(pairs), "--out", tmp_path / "notes.txt")
 

@@ -202,7 +202,7 @@ def test_another_setting_is_not_resumed_but_another_machine_is(finished):
 
 
 def test_a_folder_with_something_in_it_is_not_written_to(finished, tmp_path):
-    with pytest.raises(RunError, match="exists; give another --out, or --resume"):
+    with pytest.raises(RunError, match=r"exists; give another --out\.$"):
         run(finished, settings())
     with pytest.raises(RunError, match="nothing to resume"):
         run(tmp_path / "none", settings(), resume=True)

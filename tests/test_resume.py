@@ -71,7 +71,9 @@ def test_the_comparison_can_fail(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [2, 10])  # inside an epoch, and the last of one
-def test_a_signal_saves_and_stops(whole: Path, tmp_path: Path, number: signal.Signals, step: int) -> None:
+def test_a_signal_saves_and_stops(
+    whole: Path, tmp_path: Path, number: signal.Signals, step: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     source = Samples(before=lambda keys: os.kill(os.getpid(), number) if len(source.seen) == step - 1 else None)
     said: list[str] = []
@@ -79,6 +81,7 @@ def test_a_signal_saves_and_stops(whole: Path, tmp_path: Path, number: signal.Si
         train(tmp_path, source=source, say=said.append)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert said == [f"stopped after step {step} of {STEPS}; what is learned is kept"]
+    assert capfd.readouterr().err.count("stopping after this step") == 1
     assert checkpoint.load(checkpoint.steps(tmp_path)[-1])["step"] == step
     again = Samples()
     train(tmp_path, source=again, resume=True, say=said.append)
