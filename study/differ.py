@@ -17,7 +17,7 @@ FLOORS = {"noise": f"noise of {NOISE_LEVELS:g} grey levels", "shifted": "the mea
 SMALLEST = "smallest third"
 CHANGED = {
     "paired": "the infrared image of the scene", "shuffled": "an infrared image of another scene",
-    "inverted": "the visible image, inverted", "grey": "the visible image in grey",
+    "inverted": "the visible image, in grey and inverted", "grey": "the visible image in grey",
     "blur": "the visible image, blurred", "noise": f"the visible image with {FLOORS['noise']}",
     "shifted:2": "the visible image, shifted by 2 px",
     "pixels": "the infrared image, pixels instead of features",
@@ -132,7 +132,11 @@ def account() -> str:
         "unrelated scenes, mean map removed": lambda _, run: told(all_row(run, f"{run.condition}_shuffled", "cosine")),
         "cosine, mean map removed": lambda _, run: told(all_row(run, run.condition, "cosine")),
         "**calibrated against unrelated scenes**": lambda _, run: f"**{calibrated(run)}**",
-        "the same, noise as the floor": lambda name, _: calibrated(again.get(f"noise{name}")),
+        "its low band: 0 no gap, 1 unrelated scenes": lambda _, run: placed(run, "low"),
+        "its high band": lambda _, run: placed(run, "high"),
+        "shared content, low / high band": lambda _, run: " / ".join(f"{1 - c:.2f}" for c in ends(run)),
+        "most that the calibrated ratio could be with this low band": lambda _, run: number(1 / ends(run)[0], 3),
+        "the same ratio, noise as the floor": lambda name, _: calibrated(again.get(f"noise{name}")),
         "the same, the measured displacement as the floor": lambda name, _: calibrated(again.get(f"shifted{name}")),
         "the same, straight line through the pairs at 0 px": lambda name, _: at_zero(name),
         "the same, third of the pairs with the smallest displacement": lambda name, _: part(name, SMALLEST),
@@ -147,6 +151,16 @@ def account() -> str:
 
 def calibrated(run: Run | None) -> str:
     return told(all_row(run, run.condition, run.measure), "calibrated_ratio", "calibrated_ci") if run else "–"
+
+
+def placed(run: Run, band: str) -> str:
+    """Where a band lies between no gap (0) and unrelated scenes (1)."""
+    return measured(run.verdict["all"][f"calibrated_{band}"], *run.verdict["all"][f"calibrated_{band}_ci"])
+
+
+def ends(run: Run) -> tuple[float, float]:
+    """Calibrated divergence of the low and the high band, mean over layers."""
+    return run.verdict["all"]["calibrated_low"], run.verdict["all"]["calibrated_high"]
 
 
 def equivalent(run: Run) -> str:
