@@ -48,13 +48,13 @@ def made(folder: Path) -> dict[str, Any]:
     head, test = runs[0], read(next(iter(sorted(folder.glob("evaluate/*/metrics.json")))))["card"]
     settings = head["config"]
     return {
-        "study": folder.absolute().name, "command": max((run["command"] for run in runs), key=len),
+        "study": folder.absolute().name, "command": max(runs, key=lambda run: str(run["started"]))["command"],
         "commit": head["commit"], "seconds": math.fsum(run["seconds"] for run in runs),
         "network": head["network"]["name"], "task": settings["task"], "head": settings["head"],
         "size": settings["data"]["size"], "epochs": settings["training"]["epochs"], "steps": head["steps"],
         "data": test["data_set"], "annotations": test["annotation_set"], "train": head["train"]["frames"],
         "test": test["frames"], "split": test["split"], "seeds": sorted({run["config"]["seed"] for run in runs}),
-        "leak": read(folder / "distil_leak.json"), "students": students(runs),
+        "leak": {"distil": read(folder / "distil_leak.json"), "finetune": head["leak"]}, "students": students(runs),
     }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from cells import commit, markdown, options
 from outputs import RESULTS
 
 HELD = ("low", "high")
+FEWEST = 10
+"""Blocks of frames below which an interval is rough: marked by a star."""
 RUN_ALONE = ("--out ", "--seed ", "--cache-gb ", "--device ")
 """Options that say where a run lies, which seed it has, or how the machine is used."""
 
@@ -89,15 +91,16 @@ def arms() -> str:
 
 
 def downstream() -> str:
-    """Methods on the test split of each downstream study."""
+    """Arms on the images that each downstream study judges by."""
     table = pd.read_csv(RESULTS / "downstream" / "methods.csv")
     rows = []
     for row in table.to_dict("records"):
         gaps = [signed(row, f"to_{name}") if row["method"] != name else "" for name in ("none", "mse")]
-        rows.append([f"`{row['study']}`", row["metric"], row["method"], row["seeds"],
+        few = row["groups"] < FEWEST
+        rows.append([f"`{row['study']}`", row["metric"], row["method"], row["seeds"], f"{row['groups']}{'*' * few}",
                      f"{row['value']:.2f} [{row['low']:.1f}, {row['high']:.1f}]",
                      "" if pd.isna(row["spread"]) else f"{row['spread']:.2f}", *gaps])  # fmt: skip
-    head = ["study", "metric, %", "method", "seeds", "mean", "spread of seeds", "to none", "to mse"]
+    head = ["study", "metric, %", "arm", "seeds", "blocks", "mean", "spread of seeds", "to none", "to mse"]
     return markdown(head, rows)
 
 
@@ -114,12 +117,14 @@ def downstream_runs() -> str:
     rows = []
     for one in made:
         head, size = one["head"], "x".join(map(str, one["size"]))
-        rows.append([f"`{one['study']}`", f"{one['data']}, {one['annotations']}", f"{one['train']} / {one['test']}",
+        shared = one["leak"]["finetune"]["shared"]
+        rows.append([f"`{one['study']}`", f"{one['data']}, {one['annotations']}, list {one['split']}",
+                     f"{one['train']} / {one['test']}" + (f", {shared} shared or alike" if shared else ""),
                      one["network"].split(".")[0], f"{head['kind']}, backbone {head['train']}", size, one["epochs"],
                      ", ".join(map(str, one["seeds"])), f"{one['seconds'] / 60:.0f}", commit(one["commit"]),
                      f"`{shlex.join(one['command'])}`"])  # fmt: skip
-    head_ = ["study", "data", "frames trained on / tested on", "network", "head", "size", "epochs", "seeds", "minutes",
-             "commit", "command"]  # fmt: skip
+    head_ = ["study", "data, judged on", "frames trained on / judged on", "network", "head", "size", "epochs", "seeds",
+             "minutes", "commit", "command"]  # fmt: skip
     return markdown(head_, rows)
 
 

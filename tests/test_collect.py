@@ -237,7 +237,8 @@ def downstream_study(root: Path, task: str = "segment") -> Path:
                       "data": {"size": [48, 64]}, "training": {"epochs": 4}}  # fmt: skip
             words = ["freqkd-train", "mfnet", "--students", str(root / "vit"), *("x" * seed)]
             made = {"config": config, "command": words, "commit": "abc", "seconds": 1.5, "network": {"name": "vit"},
-                    "steps": 3, "train": {"frames": 9}}  # fmt: skip
+                    "steps": 3, "train": {"frames": 9}, "started": f"2026-01-0{1 + seed}",
+                    "leak": {"shared": 3}}  # fmt: skip
             (folder / "finetune" / name / "manifest.json").write_text(json.dumps(made))
             figures = {"all": {"miou_8": 10 * n + seed, "miou_9": 20 * n + seed}}
             card = {"data_set": "mfnet", "annotation_set": "masks", "frames": 7, "split": "val"}
@@ -263,8 +264,16 @@ def test_a_downstream_study_is_collected_with_each_seed(study: dict[str, ModuleT
     assert table["freqkd", 1, "miou_9"] == 21 and table["none", 1, "miou_8"] == 1 and len(table) == 8
     made = json.loads(first["manifest.json"])["studies"][0]
     assert (made["seconds"], made["test"], made["train"], made["seeds"]) == (6.0, 7, 9, [0, 1])
+    assert made["command"][-1] == "x", "the last command, which names all seeds"
+    assert made["leak"] == {"distil": {"shared": 0}, "finetune": {"shared": 3}}
     with pytest.raises(RunError, match="holds no finished fine-tuning"):
         study["downstream"].body([str(tmp_path)], tmp_path / "other")
+
+
+def test_every_row_has_a_cell_for_each_column(study: dict[str, ModuleType]) -> None:
+    for name, table in study["page"].TABLES.items():
+        widths = {line.count(" | ") for line in table().splitlines() if not line.startswith("|---")}
+        assert len(widths) == 1, name
 
 
 def test_a_difference_is_bold_only_where_its_interval_leaves_out_0(study: dict[str, ModuleType]) -> None:
