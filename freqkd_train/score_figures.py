@@ -72,7 +72,7 @@ def miss_rate_curves(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_xlabel("false positives per image")
     ax.set_ylabel("miss rate (lower is better)")
     # On a ground of its own: the dotted lines would run through the numbers.
-    ax.legend(loc="lower left", frameon=True, framealpha=1, edgecolor="none", borderpad=0.2)
+    ax.legend(loc="lower left", frameon=True, facecolor="white", framealpha=1, edgecolor="none")
     return ax
 
 
