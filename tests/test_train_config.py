@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import yaml
 
@@ -59,6 +61,58 @@ def test_a_broken_file_is_named(tmp_path, text, says):
     with pytest.raises(ConfigError, match=says) as caught:
         config.read(path)
     assert "broken.yaml" in str(caught.value)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{'seed' if k == 9 else f'a{k}'}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 10))  # fmt: skip
+HURTFUL = [
+    (BOMB, "is no YAML (line 2: aliases are not taken)"),
+    ("a: &a {k: 1}\nb: {<<: [*a, *a]}", "is no YAML (line 2: aliases are not taken)"),
+    ("data: &a [*a]", "aliases are not taken"),
+    (f"seed: 1{':59' * 3000}", "is no YAML"),
+    (f"seed: 0x{'f' * 5000}", "is no YAML"),
+    ("seed: " + "[" * 5000, "is no YAML"),
+    (f"seed: {'x' * 5000}", "got 'xxxx"),
+    (f"seed: !{'x' * 5000} 1", "(line 1: "),
+    ("seed: 1 #" + "x" * 2**17, "is no settings file: it holds more than 128 KiB"),
+    ("seed: '\x00'", "is no YAML"),
+]
+
+
+@pytest.mark.parametrize("text, says", HURTFUL, ids=[f"{k}" for k in range(len(HURTFUL))])
+def test_a_file_made_to_hurt_is_refused_in_one_short_line(tmp_path, text, says):
+    """By structure and size alone: expanding the first one would take all memory there is."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.read(path)
+    line = str(caught.value)
+    assert says in line and str(path) in line and "\n" not in line and len(line) < 300 + len(str(path)), line
+
+
+def test_other_bytes_and_holes_are_no_settings(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"seed: \xff")
+    with pytest.raises(ConfigError, match=r"c\.yaml is no YAML\."):
+        config.read(path)
+    os.truncate(path, 10**11)  # a hole of 100 GB takes no room on disk, but all there is once read
+    with pytest.raises(ConfigError, match="more than 128 KiB"):
+        config.read(path)
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, f"1{':59' * 3000}", "&a [*a]", "[1,"])
+def test_a_value_made_to_hurt_is_refused_in_one_short_line(value):
+    with pytest.raises(ConfigError, match="--set seed: .* is no YAML value") as caught:
+        config.assignment(f"seed={value}")
+    assert len(str(caught.value)) < 200
+
+
+def test_what_is_written_has_no_alias(tmp_path):
+    """The same list twice is written twice: our own files must be readable."""
+    twice = [0.5, 0.5]
+    settings = Config().updated({"data.scale": twice, "training.epochs": 2})
+    config.write(tmp_path / "c.yaml", settings)
+    assert "&" not in config.text(settings) and config.read(tmp_path / "c.yaml") == settings
 
 
 def test_a_missing_file_is_named(tmp_path):
