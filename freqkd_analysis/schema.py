@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from freqkd_analysis.errors import RunError
 
@@ -83,6 +83,10 @@ TABLES = {
 }
 
 
+STORED: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""Without its checksums, a flipped bit in a Parquet file often reads as another number."""
+
+
 def condition_order(name: str) -> tuple[int, float, str]:
     """Sort key of a condition: the question and its ceiling, then the controls; amounts ascend; unknown ones last.
 
@@ -149,9 +153,7 @@ def write(table: pd.DataFrame, path: Path) -> None:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            pq.write_table(
-                pa.Table.from_pandas(table, preserve_index=False).cast(arrow(columns)), temporary, compression="zstd"
-            )
+            pq.write_table(pa.Table.from_pandas(table, preserve_index=False).cast(arrow(columns)), temporary, **STORED)
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -164,7 +166,10 @@ def read(path: Path) -> pd.DataFrame:
             f"no {path.name} in {path.parent}; expected the folder of a finished `freqkd-analyze layers` run."
         )
     try:
-        table = pd.read_csv(path, dtype=_pandas(columns)) if path.suffix == ".csv" else pd.read_parquet(path)
+        if path.suffix == ".csv":
+            table = pd.read_csv(path, dtype=_pandas(columns))
+        else:
+            table = pd.read_parquet(path, page_checksum_verification=True)
     except Exception as error:
         raise RunError(f"{path} cannot be read as a table ({type(error).__name__}); make it again.") from error
     check(table, columns, path.name)
@@ -181,7 +186,7 @@ def parts(path: Path, columns: Sequence[str] | None = None) -> Iterator[pd.DataF
     if not path.is_file():
         read(path)  # says what is missing
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check(pd.DataFrame(columns=file.schema_arrow.names), expected, path.name)
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, columns=columns).to_pandas()
@@ -196,7 +201,7 @@ def writer(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
     import pyarrow.parquet as pq
 
     columns = TABLES[path.name]
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, arrow(columns), compression="zstd") as file:
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, arrow(columns), **STORED) as file:
 
         def write_part(table: pd.DataFrame) -> None:
             check(table, columns, path.name)

@@ -170,7 +170,7 @@ def merge(run: Path, blocks: Sequence[str], taps: Sequence[Tap], f_lo: Mapping[i
         pq.ParquetWriter(
             temporary,
             columns,
-            compression="zstd",
+            **schema.STORED,
             use_dictionary=["condition", "pair", "group", "tap", "layer", "radius"],
         ) as writer,
     ):

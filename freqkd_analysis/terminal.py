@@ -42,7 +42,8 @@ def run_app(app: Callable[..., Any], arguments: list[str] | None) -> None:
         say(f"Error: {error}")
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
+        name = error.filename2 or error.filename  # of a rename, the place that the user named
+        where = f" ({name})" if name else ""
         say(f"Error: {error.strerror or error}{where}. What was there before is whole.")
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import spectra_run
 from fake_run import fake_run
@@ -151,3 +154,40 @@ def test_what_summarize_wrote_is_never_called_damaged(tmp_path: Path) -> None:
         summary.summarize(run, draws=20)
         for reader in READERS:
             reader(run)
+
+
+@pytest.mark.parametrize("name", ["spectra.parquet", "divergence.parquet"])
+def test_a_flipped_bit_is_never_another_number(tmp_path: Path, name: str) -> None:
+    """Whichever bit of the columns it is, and however the table is read: the table or a refusal."""
+    run = spectra_run.write_run(tmp_path / "r", {"paired": (0.5, 0.5)}, pairs=6, layers=1, with_coherence=False)
+    summary.summarize(run, draws=20)
+    path, rng, came = run / name, np.random.default_rng(0), []
+    content, good = path.read_bytes(), schema.read(path)
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # the columns come before the footer
+    for place in rng.integers(4, end, 40):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        for read in (schema.read, lambda p: pd.concat(list(schema.parts(p)), ignore_index=True)):
+            try:
+                assert read(path).equals(good)
+                came.append("same")
+            except RunError as error:
+                assert name in str(error)
+                came.append("refused")
+        with contextlib.suppress(Exception):
+            came.append("same" if pd.read_parquet(path).equals(good) else "another without checksums")
+    assert came.count("refused") > 60 and came.count("another without checksums") > 5, came
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "verdict.json", "divergence.parquet"])
+def test_a_folder_where_a_table_belongs_is_named_by_its_own_name(tmp_path: Path, name: str, capsys: Any) -> None:
+    from freqkd_analysis import cli
+
+    run = spectra_run.write_run(tmp_path / "r", {"paired": (0.5, 0.5)}, pairs=6, layers=1, with_coherence=False)
+    (run / name).mkdir()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["summarize", str(run)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"Error: Is a directory ({run / name}). ")
+    assert not list(run.glob(".*.tmp"))
