@@ -281,6 +281,16 @@ def test_help_is_quick_and_every_command_has_an_example(capsys):
     assert loaded.stdout.strip() == "[]"
 
 
+def test_a_run_whose_spectra_changed_on_disk_is_not_summarized(run, tmp_path, capsys):
+    content = bytearray((run / "spectra.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "spectra.parquet").write_bytes(content)
+    (tmp_path / "manifest.json").write_bytes((run / "manifest.json").read_bytes())
+    said = refused(capsys, "summarize", tmp_path)
+    assert f"{tmp_path / 'spectra.parquet'} cannot be read as a table" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "spectra.parquet"]
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, capsys, monkeypatch):
     import errno
 
