@@ -51,52 +51,31 @@ _ASKED: list[str] = []
 
 
 def _guard_sockets() -> None:
-    """Let a socket reach this machine alone; everything else fails at once and says so."""
-    connect, connect_ex, resolve = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
-    send, send_message, old_resolve = socket.socket.sendto, socket.socket.sendmsg, socket.gethostbyname
-    local = ("localhost", "127.0.0.1", "::1", "", None)
+    """Let a socket reach this machine alone; everything else fails at once and says so.
 
-    def check(host: Any) -> None:
-        host = host.decode() if isinstance(host, bytes) else host
-        if host not in local and not str(host).startswith("127."):
-            _ASKED.append(str(host))
-            raise OSError(f"the tests run without a network, but something asked for {host}")
+    The interpreter itself reports every connection and question for a name, whichever library makes it and whatever
+    reference to `socket` it holds; a hook, once added, stays.
+    """
+    of_this_machine = {"localhost", "::1", "", "None", socket.gethostname()}
 
-    def address_host(self: socket.socket, address: Any) -> Any:
-        return None if self.family == socket.AF_UNIX else address[0]
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            connection, address = arguments
+            if address is None or connection.family == socket.AF_UNIX:  # None: where it is connected to
+                return
+            host = address[0]
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+            host = arguments[0]
+        elif event == "socket.getnameinfo":
+            host = arguments[0][0]
+        else:
+            return
+        name = host.decode() if isinstance(host, bytes) else str(host)
+        if name not in of_this_machine and not name.startswith("127."):
+            _ASKED.append(name)
+            raise OSError(f"the tests run without a network, but something asked for {name}")
 
-    def guarded_connect(self: socket.socket, address: Any) -> None:
-        check(address_host(self, address))
-        return connect(self, address)
-
-    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
-        check(address_host(self, address))
-        return connect_ex(self, address)
-
-    def guarded_send(self: socket.socket, data: Any, *flags_address: Any) -> int:
-        check(address_host(self, flags_address[-1]))
-        return send(self, data, *flags_address)
-
-    def guarded_send_message(self: socket.socket, buffers: Any, ancillary: Any = (), flags: int = 0,
-                             address: Any = None) -> int:  # fmt: skip
-        if address is None:
-            return send_message(self, buffers, ancillary, flags)
-        check(address_host(self, address))
-        return send_message(self, buffers, ancillary, flags, address)
-
-    def guarded_old_resolve(host: str) -> str:
-        check(host if host != socket.gethostname() else "localhost")
-        return old_resolve(host)
-
-    def guarded_resolve(host: Any, *arguments: Any, **options: Any) -> Any:
-        check(host if host != socket.gethostname() else "localhost")
-        return resolve(host, *arguments, **options)
-
-    socket.socket.connect = guarded_connect  # type: ignore[method-assign]
-    socket.socket.connect_ex = guarded_connect_ex  # type: ignore[method-assign]
-    socket.socket.sendto = guarded_send  # type: ignore[method-assign]
-    socket.socket.sendmsg = guarded_send_message  # type: ignore[method-assign]
-    socket.getaddrinfo, socket.gethostbyname = guarded_resolve, guarded_old_resolve
+    sys.addaudithook(watch)
 
 
 @pytest.fixture

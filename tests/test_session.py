@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _socket
+import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -28,9 +31,20 @@ def test_nothing_outside_this_machine_is_reached(network_asked: list[str]) -> No
                     lambda: plain.sendmsg([b"x"], [], 0, ("192.0.2.1", 53))):  # fmt: skip
             with pytest.raises(OSError, match="without a network"):
                 ask()
+    for ask in (socket.gethostbyname, socket.gethostbyname_ex, socket.gethostbyaddr):
+        with pytest.raises(OSError, match="without a network"):
+            ask("example.org")
     with pytest.raises(OSError, match="without a network"):
-        socket.gethostbyname("example.org")
+        socket.getnameinfo(("192.0.2.1", 80), 0)
+    with contextlib.closing(_socket.socket()) as below, pytest.raises(OSError, match="without a network"):
+        below.connect(("192.0.2.1", 80))
     assert set(network_asked) == {"192.0.2.1", "example.org"}
+
+
+def test_an_event_loop_reaches_nothing_either(network_asked: list[str]) -> None:
+    with pytest.raises(OSError, match="without a network"):
+        asyncio.run(asyncio.open_connection("192.0.2.1", 80))
+    assert network_asked == ["192.0.2.1"]
 
 
 def test_an_error_that_was_swallowed_fails_the_test(tmp_path: Path, root: Path) -> None:
