@@ -67,12 +67,13 @@ def miss_rate_curves(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_yticks([], minor=True)
     ax.set_xticks([1e-3, 1e-2, 1e-1, 1, 10], ["0.001", "0.01", "0.1", "1", "10"])
     for edge in (kaist.POINTS[0], kaist.POINTS[-1]):
-        ax.axvline(edge, color=plots.INK, lw=0.6, ls=(0, (1, 2)))
+        ax.axvline(edge, color=plots.INK, lw=0.6, ls=(0, (1, 2)), zorder=1)
     ax.grid(True)
     ax.set_xlabel("false positives per image")
     ax.set_ylabel("miss rate (lower is better)")
-    # On a ground of its own: the dotted lines would run through the numbers.
-    ax.legend(loc="lower left", frameon=True, facecolor="white", framealpha=1, edgecolor="none")
+    # On a ground between the dotted lines, which would run through its numbers, and the curves, which it must not hide.
+    ground = {"frameon": True, "facecolor": "white", "framealpha": 1, "edgecolor": "none"}
+    ax.legend(loc="lower left", **ground).set_zorder(1.9)
     return ax
 
 
