@@ -81,4 +81,4 @@ test-install:
 	@$(PYTHON) tools/bootstrap.py test
 
 clean:
-	rm -rf .venv build dist docs/_build docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build docs/api docs/notebooks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,8 +19,9 @@ author = "The freqkd contributors"
 project_copyright = "the freqkd contributors, Apache License 2.0"
 release = version = __version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "generated", "api_pages"]
-exclude_patterns = ["_build", "_ext"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "generated", "api_pages",
+              "notebook_pages"]  # fmt: skip
+exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
 
 myst_heading_anchors = 3
 smartquotes = False  # two hyphens must stay two: options are named in running text

@@ -19,8 +19,8 @@ from freqkd_train.config import Config, ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from freqkd_train import score
     from freqkd_train.result_files import Annotations
-    from freqkd_train.score import Run
 
 
 def settings(given: Mapping[str, Any], changes: Sequence[str], file: Path | None = None, recipe: str = "",
@@ -173,8 +173,8 @@ def check_drawing(draw: int, images: Path | None, curves: Path | None) -> None:
         raise FreqkdError(f"--draw {draw} needs {missing}.")
 
 
-def draw_scored(read: Annotations, runs: Sequence[Run], protocol: str, style: str, curves: Path, draw: int,
-                images: Path | None) -> None:  # fmt: skip
+def draw_scored(read: Annotations, runs: Sequence[score.Run], protocol: str, style: str, curves: Path,
+                draw: int, images: Path | None) -> None:  # fmt: skip
     """The curves of detections, and a contact sheet of each run where one is asked for.
 
     Raises: FreqkdError for a folder of images that lacks one to be drawn.
