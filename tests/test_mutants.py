@@ -111,11 +111,16 @@ def test_bands_begin_at_zero_and_end_at_the_corner(text: str, grid: tuple[int, i
     np.testing.assert_allclose(held, (bands.weights**2).sum((1, 2)))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mean_is_in_the_first_of_two_random_bands(seed: int) -> None:
+    assert Bands.parse(f"random:{seed}", (7, 10)).index[0, 0] == 0
+
+
 # Transform ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 9), (6, 11), (12, 5)])
-@pytest.mark.parametrize("cut", ["0.3", "0.5", "0.8"])
+@pytest.mark.parametrize("cut", ["0.3", "0.5", "0.8", "0.9"])  # 0.9 of an odd side reaches every mode: there is no rest
 def test_parts_of_the_released_mask_are_those_of_a_transform(grid: tuple[int, int], cut: str) -> None:
     """Its rows and columns [c - h, c + h) of the centred spectrum, kept or removed, real part of the inverse."""
     x = np.random.default_rng(0).standard_normal((2, *grid, 3))
