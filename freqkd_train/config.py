@@ -289,7 +289,7 @@ class _Loader(yaml.SafeLoader):
 def _loaded(text: str | bytes) -> Any:
     """The content of a YAML text. Raises ConfigError: why it is none."""
     try:
-        found = yaml.load(text, _Loader)
+        found = _Loader(text).get_single_data()
         repr(found)  # a number of thousands of digits cannot be written, so it can be no setting
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, lists thousands deep
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
