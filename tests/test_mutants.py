@@ -54,6 +54,15 @@ def test_a_box_may_come_within_five_px_of_each_edge_and_no_nearer(box: tuple, co
     assert counted([box], "Reasonable", 0) == [counts]
 
 
+@pytest.mark.parametrize("box, counts", [
+    ((615, 100, 20, 60), True), ((615.25, 100, 20, 60), False),
+    ((100, 447, 20, 60), True), ((100, 447.25, 20, 60), False),
+])  # fmt: skip
+def test_without_a_size_an_image_is_one_of_kaist(box: tuple, counts: bool) -> None:
+    truth = make_truth(["a"], classes=["person"], image=[0], category=[0], box=[box], occlusion=[0])
+    assert kaist.counts(truth, kaist.SETTINGS["Reasonable"]).tolist() == [counts]
+
+
 # Statistics -----------------------------------------------------------------------------------------------------
 
 
