@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ def tiny(recipe: str, *, data: str = "synthetic", names: tuple[str, ...] = ("non
     return arms.Study(recipe, data, "smoke", names, (0,), device="cpu", changes=changes, **more)
 
 
+def without_checkpoints(out: Path) -> None:
+    """A finished study needs none to be read or run again, and they are four fifths of it: 400 MB."""
+    for folder in out.glob("*/*/checkpoints"):
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study") / "mfnet"
@@ -39,6 +46,7 @@ def done(tmp_path_factory) -> Path:
     study.run(tiny("mfnet"), out, told.append, ["test"])
     (out / "told.json").write_text(json.dumps(told))
     patch.undo()
+    without_checkpoints(out)
     return out
 
 
@@ -50,6 +58,7 @@ def detected(tmp_path_factory) -> Path:
     patch.setattr(study, "SCENES", "pairs=24,groups=8,size=128x96")
     study.run(tiny("kaist", names=("none", "none_paper", "response", "freqkd")), out, quiet, ["test"])
     patch.undo()
+    without_checkpoints(out)
     return out
 
 
@@ -98,8 +107,6 @@ def test_the_comparison_is_of_the_confusion_matrices(done):
 
 
 def test_unlike_cards_are_refused(done, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(done / "evaluate" / "freqkd-0", other)
     found = json.loads((other / "metrics.json").read_text())
@@ -268,9 +275,8 @@ def test_the_epoch_is_chosen_on_validation_and_on_test_only_when_asked(detected)
 @pytest.fixture
 def copied(detected, tmp_path) -> Path:
     """A study that was finished, to be run again, with the arm `none` alone."""
-    import shutil
-
-    shutil.copytree(detected, tmp_path / "k")
+    others = [f"{dot}{arm}-*" for arm in ("none_paper", "response", "freqkd", "rgb") for dot in ("", ".")]
+    shutil.copytree(detected, tmp_path / "k", ignore=shutil.ignore_patterns(*others))
     # Settings hold absolute paths: where the folder was.
     for mark in [*tmp_path.glob("k/*/.*.json"), *tmp_path.glob("k/distil/*/config.yaml")]:
         mark.write_text(mark.read_text().replace(str(detected), str(tmp_path / "k")))
@@ -304,8 +310,6 @@ def test_other_settings_throw_nothing_away(copied):
 
 
 def test_a_model_that_changed_is_evaluated_again(copied):
-    import shutil
-
     before = json.loads((copied / "evaluate/none-0/metrics.json").read_text())
     shutil.rmtree(copied / "finetune/none-0")
     (copied / "finetune/.none-0.json").unlink()
@@ -360,8 +364,6 @@ def test_a_measured_arm_stopped_in_its_analysis_goes_on(copied):
 
 
 def test_evaluations_given_twice_or_of_unlike_seeds_are_refused(detected, tmp_path):
-    import shutil
-
     none, freqkd = (detected / "evaluate" / name for name in ("none-0", "freqkd-0"))
     with pytest.raises(RunError, match="is none of seed 0 once more"):
         compare.compare([none, none])
@@ -402,8 +404,6 @@ def test_cut_files_of_an_evaluation_are_named(copied, name, text):
 
 
 def test_cut_confusions_are_named(done, tmp_path):
-    import shutil
-
     shutil.copytree(done / "evaluate/none-0", tmp_path / "e")
     for content in (b"", (tmp_path / "e/confusions.npy").read_bytes()[:200]):
         (tmp_path / "e/confusions.npy").write_bytes(content)
