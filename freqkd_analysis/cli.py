@@ -191,20 +191,21 @@ def summarize(
     bands: Annotated[str, typer.Option(help="Other bands, from the stored spectra; as for `layers`.")] = "",
     measure: Annotated[str, typer.Option(help=MEASURES)] = "all",
     floor: Annotated[str, typer.Option(help="none | noise | shifted | shifted:PX.")] = "none",
-    out: Annotated[Path | None, typer.Option(help="Where to (default: RUN, or RUN/rebanded-BANDS).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to (default: RUN; told otherwise, a folder in it).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run's tables again, with other bands, measures or floor; no network is needed.
+    """Make a run's tables again; with other bands, measures or floor in a folder of their own. No network is needed.
 
     Example: freqkd-analyze summarize runs/2026-11-25-layers --bands linear:4
     """
     from freqkd_analysis import options, summary, terminal
 
-    measures = options.measures(measure)
-    verdict = summary.summarize(run, bands=bands or None, measures=measures or None, floor=floor, out=out)
-    folder = out or summary.target_folder(run, bands)
+    measures = options.measures(measure) or None
+    folder = out or summary.target_folder(run, bands, measures, floor)
+    verdict = summary.summarize(run, bands=bands or None, measures=measures, floor=floor, out=folder)
     if as_json:
         print(json.dumps(verdict))
+        terminal.say(str(folder))
         return
     terminal.print_run(folder)
 

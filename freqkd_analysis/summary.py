@@ -48,15 +48,19 @@ def summarize(
             measure and the energies are always computed.
         draws, seed: of bootstrap and sign-flip test; the run's own seed by default.
         floor: of the calibration: `none`, `noise`, `shifted` (the measured registration) or `shifted:PIXELS`.
-        out: where to write; the run, or RUN/rebanded-<bands> for other bands, so that nothing is overwritten.
+        out: where to write, see `target_folder`; the run itself is written only as it was told before.
     Raises: RunError, BandsError, FreqkdError, each in one line.
     """
     manifest = provenance.read_manifest(run)
     own, seed = str(manifest["config"]["bands"]), int(manifest["config"].get("seed", 0) if seed is None else seed)
     text, taps = bands or own, manifest["taps"]
-    target = out or target_folder(run, text)
-    _check_bands(manifest, text, own, target == run)
-    names = chosen({*_measures(measures, manifest), calibration.PRIMARY, "energy_rgb", "energy_ir", "modes"})
+    asked = _measures(measures, manifest)
+    target = out or target_folder(run, text, asked, floor)
+    inside = target.resolve() == run.resolve()
+    if inside and (name := _otherwise(manifest, text, asked, floor)):  # its report would contradict its tables
+        raise RunError(f"tables of {name} need a folder of their own, not --out RUN: the run has others.")
+    _check_bands(manifest, text, own)
+    names = _with_primary(asked)
     values = stacked([cube(table) for table in _banded(run, taps, text, names, own)])
     beside = calibration.map_free(_controls(run))
     full = joined(values, cube(band_table(beside, taps, text, names, own))) if len(beside) else values
@@ -70,9 +74,9 @@ def summarize(
     }
     verdict = _verdict(full, answers, manifest, floor, draws, seed)
     weights = band_weights(run, full, manifest, text, floor, draws, seed)
-    if target != run:
-        derived = manifest | {"config": manifest["config"] | {"bands": text}, "derived_from": run.name}
-        schema.write_text(target / "manifest.json", _json(derived))
+    if not inside:
+        config = manifest["config"] | {"bands": text} | ({} if measures is None else {"measure": list(asked)})
+        schema.write_text(target / "manifest.json", _json(manifest | {"config": config, "derived_from": run.name}))
     with schema.writer(target / "divergence.parquet") as write:
         for table in _banded(run, taps, text, names, own):  # again rather than held: long tables are the large ones
             write(table)
@@ -84,12 +88,10 @@ def summarize(
     return verdict
 
 
-def _check_bands(manifest: Mapping[str, Any], text: str, own: str, inside: bool) -> None:
-    """Other bands must not overwrite the run, and for a DCT their edges must be stored ones: its modes lie between."""
+def _check_bands(manifest: Mapping[str, Any], text: str, own: str) -> None:
+    """For a DCT the edges of other bands must be stored ones: its modes lie between."""
     if text == own:
         return
-    if inside:
-        raise BandsError(f'the run has bands "{own}"; tables of "{text}" need a folder of their own, not --out RUN.')
     for tap in manifest["taps"] if manifest["config"].get("window") == "dct" else ():
         grid, stride = (int(tap["grid"][0]), int(tap["grid"][1])), int(tap["stride"])
         wanted, stored = Bands.parse(text, grid, stride), fine_edges2(Bands.parse(own, grid, stride))
@@ -118,10 +120,25 @@ def _controls(run: Path) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def target_folder(run: Path, bands: str | None) -> Path:
-    """Where `summarize` writes: the run itself for its own bands, RUN/rebanded-<bands> for others."""
-    own = str(provenance.read_manifest(run)["config"]["bands"])
-    return run if bands in (None, "", own) else run / f"rebanded-{_slug(str(bands))}"
+def target_folder(
+    run: Path, bands: str | None = None, measures: Iterable[str] | None = None, floor: str = "none"
+) -> Path:
+    """Where `summarize` writes: the run itself where nothing is told otherwise, else a folder in it.
+
+    Its name says what is other: RUN/rebanded-<bands>, RUN/measures-<measures>, RUN/floor-<floor>, or these joined.
+    """
+    manifest = provenance.read_manifest(run)
+    return run / _otherwise(manifest, bands or str(manifest["config"]["bands"]), _measures(measures, manifest), floor)
+
+
+def _otherwise(manifest: Mapping[str, Any], bands: str, measures: Sequence[str], floor: str) -> str:
+    """What is not as `layers` told the run, as the name of a folder; empty when all is."""
+    found = [] if bands == str(manifest["config"]["bands"]) else [f"rebanded {bands}"]
+    if _with_primary(measures) != _with_primary(_measures(None, manifest)):
+        found.append(f"measures {' '.join(measures)}")
+    if floor != "none":
+        found.append(f"floor {floor}")
+    return "-".join(map(_slug, found))
 
 
 def _slug(text: str) -> str:
@@ -132,6 +149,11 @@ def _measures(measures: Iterable[str] | None, manifest: Mapping[str, Any]) -> tu
     """Those asked for, else those of the run; none named means all."""
     wanted = manifest["config"].get("measure") if measures is None else measures
     return chosen(wanted or None)
+
+
+def _with_primary(measures: Iterable[str]) -> tuple[str, ...]:
+    """With them what every table has: the primary measure, the energies and the modes."""
+    return chosen({*measures, calibration.PRIMARY, "energy_rgb", "energy_ir", "modes"})
 
 
 def _json(value: Any) -> str:

@@ -225,6 +225,14 @@ def test_other_bands_come_from_the_stored_spectra(run, capsys):
     assert "edge" in refused(capsys, "summarize", run, "--bands", "0.2")
 
 
+def test_another_floor_says_its_folder_last(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for more in ([], ["--json"]):
+        status, _, talk = call(capsys, "summarize", run, "--measure", "nmse", *more)
+        assert status == 0 and str(run / "measures-nmse") in talk.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 def test_summarize_figures_and_report_repeat_the_same_bytes(run, capsys):
     names = ["divergence.parquet", "summary.csv", "ratio.csv", "band_weights.json", "verdict.json", "report.html",
              "methods.md", *(f"figures/{path.name}" for path in (run / "figures").iterdir())]  # fmt: skip

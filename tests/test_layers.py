@@ -47,10 +47,11 @@ def test_a_dct_run_has_no_coherence_counts_its_own_modes_and_refuses_edges_betwe
         summary.summarize(made, bands="0.2")
 
 
-def test_other_bands_never_overwrite_the_run(scenes, tmp_path):  # noqa: F811
+def test_what_is_told_otherwise_never_overwrites_the_run(scenes, tmp_path):  # noqa: F811
     made = run(settings(scenes, **FEW), tmp_path / "run")
-    with pytest.raises(BandsError, match="need a folder of their own"):
-        summary.summarize(made, bands="0.25", out=made)
+    for otherwise in ({"bands": "0.25"}, {"floor": "noise"}, {"measures": ["mse"]}):
+        with pytest.raises(RunError, match="need a folder of their own"):
+            summary.summarize(made, out=made / ".." / made.name, **otherwise)
 
 
 def test_the_seed_reaches_the_resampling(scenes, tmp_path):  # noqa: F811

@@ -14,7 +14,7 @@ from spectra_run import KNOWN
 
 from freqkd_analysis import comparison, runfolder, schema, summary
 from freqkd_analysis.calibration import calibrated_bands
-from freqkd_analysis.divergence import cube
+from freqkd_analysis.divergence import MEASURES, cube
 from freqkd_analysis.errors import BandsError, FreqkdError, RunError
 
 WRITTEN = (
@@ -91,7 +91,7 @@ def test_mse_is_never_shown_alone(tmp_path):
     folder = spectra_run.write_run(tmp_path / "run", KNOWN, pairs=12, layers=1)
     summary.summarize(folder, measures=["mse"], draws=50)
     for name in ("summary.csv", "ratio.csv", "divergence.parquet"):
-        shown = set(schema.read(folder / name)["measure"])
+        shown = set(schema.read(summary.target_folder(folder, measures=["mse"]) / name)["measure"])
         assert shown >= {"mse", "mse_per_mode", "cosine", "energy_rgb", "energy_ir", "modes"}
         assert "nmse" not in shown
 
@@ -99,7 +99,7 @@ def test_mse_is_never_shown_alone(tmp_path):
 def test_one_measure_brings_the_primary_and_the_energies(tmp_path):
     folder = spectra_run.write_run(tmp_path / "run", {"paired": (0.5, 0.5)}, pairs=12, layers=1)
     summary.summarize(folder, measures=["nmse"], draws=50)
-    shown = set(schema.read(folder / "ratio.csv")["measure"])
+    shown = set(schema.read(folder / "measures-nmse" / "ratio.csv")["measure"])
     assert shown == {"cosine", "nmse", "energy_rgb", "energy_ir", "modes"}
 
 
@@ -170,6 +170,31 @@ def test_other_bands_go_beside_the_run(run):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["config"]["bands"], manifest["derived_from"]) == ("0.25", "known")
     assert runfolder.read_run(folder).bands == ["low", "high"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"floor": "noise"}, "floor-noise"),
+        ({"floor": "shifted:1.5"}, "floor-shifted-1.5"),
+        ({"measures": ["nmse", "cosine"]}, "measures-cosine-nmse"),
+        ({"bands": "0.25", "floor": "noise"}, "rebanded-0.25-floor-noise"),
+    ],
+)
+def test_what_is_told_otherwise_goes_beside_the_run(run, options, name):
+    """Its report and manifest say what its tables say, whatever else is asked of its spectra."""
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    verdict = summary.summarize(run, draws=100, **options)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert summary.target_folder(run, **options) == run / name
+    assert json.loads((run / name / "verdict.json").read_text()) == verdict
+    told = json.loads((run / name / "manifest.json").read_text())
+    assert told["derived_from"] == "known"
+    assert set(told["config"].get("measure") or ()) == set(options.get("measures", ()))
+
+
+def test_all_measures_of_a_run_that_has_all_are_its_own(run):
+    assert summary.target_folder(run, measures=list(MEASURES)) == run
 
 
 def test_the_floor_is_recorded_with_its_pixels(run, tmp_path):
