@@ -196,6 +196,13 @@ class Config(Section):
             raise ValueError(f"--weights-from goes with the loss `measured`, got `{self.loss.name}`")
         if self.loss.normalize == "band" and self.loss.name != "measured":
             raise ValueError("loss.normalize band needs the energies of a run: use the loss `measured`")
+        if self.loss.rule != "shared" and self.loss.name != "measured":
+            raise ValueError(f"loss.rule {self.loss.rule} chooses among the weights of a run: use the loss `measured`, "
+                             f"got `{self.loss.name}`")  # fmt: skip
+        if self.loss.match_gradient and self.loss.name == "none":
+            raise ValueError(
+                f"loss.match_gradient {self.loss.match_gradient} scales a loss, and the loss `none` is none"
+            )
         if self.training.cache_gb and self.data.scale != (1.0, 1.0):
             raise ValueError("a teacher cache holds whole views, plain and mirrored: it needs data.scale 1,1")
         if self.training.cache_gb and (self.data.rgb != Photometry() or self.data.pairing != "paired"):

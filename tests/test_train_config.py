@@ -40,6 +40,8 @@ def test_settings_are_frozen():
         ({"loss.name": "measured"}, r"needs a run of the analysis: --weights-from RUN"),
         ({"loss.weights_from": "runs/a"}, r"goes with the loss `measured`, got `released`"),
         ({"loss.normalize": "band"}, r"needs the energies of a run"),
+        ({"loss.rule": "precision"}, r"loss\.rule precision .*use the loss `measured`, got `released`"),
+        ({"loss.name": "none", "loss.match_gradient": "released"}, r"loss\.match_gradient released scales a loss"),
         ({"training.cache_gb": 1, "data.scale": [0.5, 1]}, r"it needs data\.scale 1,1"),
         ({"training.cache_gb": 1, "data.pairing": "shuffled"}, r"needs the teacher's image unchanged"),
         ({"training.accumulate": 64}, r"training\.accumulate of at most training\.batch 32"),
