@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freqkd_analysis.errors import nearest
-from freqkd_train import config, recipes
+from freqkd_analysis.errors import FreqkdError, nearest
+from freqkd_train import config, distill, recipes
 from freqkd_train.config import Config, ConfigError
 from freqkd_train.downstream import Downstream
 
@@ -119,7 +119,10 @@ def distillation(study: Study, student: str, seed: int, spec: str, weights_from:
         changes["teacher.weights"] = study.weights
     if needs_analysis(student):
         changes["loss.weights_from"] = str(weights_from)
-    return base.updated(changes).updated(_given(study.changes, "distil"))
+    given = _given(study.changes, "distil")
+    if changes.get("loss.name") == distill.NONE:  # no loss, so nothing of one is written down as if it were used
+        given = {key: value for key, value in given.items() if not key.startswith("loss.")}
+    return base.updated(changes).updated(given)
 
 
 def finetuning(study: Study, method: str, seed: int, spec: str, made: Config, weights: Path, out: Path) -> Downstream:
@@ -156,7 +159,7 @@ def check(study: Study) -> None:
     """All words of a study, before anything is done.
 
     Raises: ConfigError for an arm of another task, an unknown preset, a change that names neither stage, or no setting
-        of it, or whose value does not fit.
+        of it, whose value does not fit, or whose loss cannot be built: the arm is named.
     """
     task = TASKS[study.recipe]
     for name in study.methods:
@@ -173,8 +176,14 @@ def check(study: Study) -> None:
         known = config.all_keys(Config if stage == "distil" else Downstream)
         if rest not in known:
             raise ConfigError(f'no setting "{rest}" of the stage {stage}.{nearest(rest, known)}')
-    made = distillation(study, "none", 0, "synthetic", None)
-    finetuning(study, study.methods[0], 0, "synthetic", made, Path(), Path())
+    for name in study.methods:
+        student = ARMS[name].student
+        try:
+            made = distillation(study, student, 0, "synthetic", Path("RUN") if needs_analysis(student) else None)
+            distill.check_loss(made.loss, made.data.size)
+            finetuning(study, name, 0, "synthetic", made, Path(), Path())
+        except FreqkdError as error:
+            raise ConfigError(f"the arm {name}: {error}") from None
 
 
 def _given(changes: Sequence[str], stage: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqkd_analysis import provenance
+from freqkd_analysis import plan, provenance
+from freqkd_analysis.bands import Bands
 from freqkd_analysis.errors import FreqkdError, RunError, nearest
 from freqkd_analysis.features import Tap, read_taps
 from freqkd_train import config
@@ -157,6 +158,44 @@ def objective(settings: config.Loss, pairs: Sequence[Paired]) -> nn.Module:
     loss = FreqKDLoss.preset(settings.name, grid={tap: grid for tap, (grid, _) in places.items()},
                              strides={tap: stride for tap, (_, stride) in places.items()}, **given)  # fmt: skip
     return loss if settings.weight is None else Weighted(loss, settings.weight)
+
+
+def check_loss(settings: config.Loss, size: tuple[int, int]) -> None:
+    """Build the loss on stand-in taps, before there is a network, a pair or a run to take weights from.
+
+    Args: size: of the network's input, px. As a grid it holds every mode that any tap does, so that nothing is refused
+        here which a tap could have.
+    Raises: FreqkdError for an unknown name, and for bands, forms and weights that do not go together.
+
+    Example:
+        >>> check_loss(config.Loss(name="uniform", bands="released:0.25"), (64, 64))
+        Traceback (most recent call last):
+        ...
+        freqkd_analysis.errors.FreqkdError: expected one of forms for each band low, high of every tap, got 1: mse.
+    """
+    if settings.name == NONE:
+        return
+    if settings.bands.partition(":")[0] in (
+        "random",
+        "equal-modes",
+    ):  # full on any grid, and slow to deal on a large one
+        size = (min(size[0], 64), min(size[1], 64))
+    if settings.name == "measured":  # its weights come later, one a band
+        text = settings.bands or plan.Settings.bands
+        count = len(Bands.parse(text, size, 1))
+        settings = settings.model_copy(update={
+            "name": "released", "bands": text, "forms": settings.forms or ("mse",) * count,
+            "weights": settings.weights or (1.0,) * count})  # fmt: skip
+    tap = Tap(0, "every tap", 1.0, size, 1, 8, "nchw")
+    objective(settings, [(tap, tap)])
+    if settings.match_gradient:
+        check_loss(reference(settings), size)
+
+
+def reference(settings: config.Loss) -> config.Loss:
+    """The loss whose gradient is matched: another name, with nothing of this one's but its run."""
+    return settings.model_copy(update={"name": settings.match_gradient, "match_gradient": "", "bands": "",
+                                       "standardize": "", "forms": (), "weights": (), "weight": None})  # fmt: skip
 
 
 def _check_energies(run: Path, standardize: str) -> None:

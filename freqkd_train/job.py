@@ -173,9 +173,7 @@ def ready(job: Job, say: Say) -> None:
         job.terms = frozenset(out["terms"])
         students.freeze_unused(job.step, out["loss"])
         if config.loss.match_gradient:
-            reference = distill.objective(config.loss.model_copy(update={
-                "name": config.loss.match_gradient, "bands": "", "standardize": "", "forms": (), "weights": (),
-                "weight": None}), job.paired).to(job.device)  # fmt: skip
+            reference = distill.objective(distill.reference(config.loss), job.paired).to(job.device)
             scale = job.step.match_gradient(reference, batch)
             say(f"loss scaled by {scale:.4g}: as long a gradient as {config.loss.match_gradient} at the first step")
 
