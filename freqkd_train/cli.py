@@ -133,6 +133,9 @@ _METHODS = ("none", "mse", "cosine", "response", "freqkd", "measured", "shuffled
             "signed_high", "precision", "cutoff_10", "cutoff_25", "cutoff_75")  # fmt: skip
 """`arms.ARMS` by name, which help must not wait for; a test holds them together."""
 
+_MODEL = {"resnet50": "Teacher alone, read at all its layers; the student stays a ResNet"}
+"""What --model changes, where that is not the teacher and with it the student."""
+
 
 def _study(recipe: str) -> Any:
     """The command of a downstream recipe: all of them take the same words."""
@@ -152,7 +155,7 @@ def _study(recipe: str) -> Any:
         controls: Annotated[bool, option("--controls", panel=_ARMS, help="The control arms as well.")] = False,
         seeds: Annotated[str, option(panel=_ARMS, help="Such as 0,1,2.")] = "0",
         preset: Annotated[str, option(panel=_ARMS, help="paper | compact | smoke.")] = "compact",
-        model: Annotated[str, option(panel=_ARMS, help="Teacher and student (default: the preset's).")] = "",
+        model: str = "",
         weights: Annotated[str, option(panel=_ARMS, help="Of the model: auto | random | FILE.")] = "",
         changes: Annotated[
             list[str] | None,
@@ -182,6 +185,9 @@ def _study(recipe: str) -> Any:
             raise typer.Exit(130) from None
         choose.show_comparison(table, folder / "compare", as_json)
 
+    # The one option that means another thing in another recipe; an annotation in text could not name `recipe`.
+    networks = _MODEL.get(recipe, "Teacher and student, read at all layers")
+    command.__annotations__["model"] = Annotated[str, option(panel=_ARMS, help=f"{networks} (default: the preset's).")]
     command.__doc__ = f"""Distil, fine-tune, evaluate and compare: {_ABOUT[recipe]}.
 
     Example: freqkd-train {recipe} --data synthetic --preset smoke

@@ -39,9 +39,15 @@ def test_every_arm_of_every_recipe_passes(recipe):
 
 @pytest.mark.parametrize(
     ("arm", "change"),
-    [("freqkd", "loss.bands=released:0.25"), ("measured", "loss.bands=0.004,0.3/px"), ("measured", "loss.bands=octave:7"),
-     ("measured", "loss.bands=equal-modes:4"), ("freqkd", "loss.bands=random:3"), ("cosine", "loss.match_gradient=paper")],
-)  # fmt: skip
+    [
+        ("freqkd", "loss.bands=released:0.25"),
+        ("freqkd", "loss.bands=random:3"),
+        ("measured", "loss.bands=0.004,0.3/px"),
+        ("measured", "loss.bands=octave:7"),
+        ("measured", "loss.bands=equal-modes:4"),
+        ("cosine", "loss.match_gradient=paper"),
+    ],
+)
 def test_what_some_tap_can_have_is_let_through(arm, change):
     arms.check(asked("none", arm, changes=(f"distil.{change}", "distil.data.size=[512, 640]")))
 
@@ -50,3 +56,19 @@ def test_the_arm_without_a_loss_keeps_nothing_of_one():
     study = asked("none", changes=("distil.loss.match_gradient=released", "distil.training.epochs=3"))
     made = arms.distillation(study, "none", 0, "synthetic", None)
     assert (made.loss.name, made.loss.match_gradient, made.training.epochs) == ("none", "", 3)
+
+
+def test_another_model_is_the_teacher_of_resnet50_and_both_networks_elsewhere():
+    """As the help of --model says, recipe by recipe."""
+    from typer.testing import CliRunner
+
+    from freqkd_train import cli
+
+    for recipe in arms.TASKS:
+        made = arms.distillation(asked("none", recipe=recipe, model="resnet18"), "none", 0, "synthetic", None)
+        usual = arms.distillation(asked("none", recipe=recipe), "none", 0, "synthetic", None)
+        assert (made.teacher.name, made.teacher.layers, made.student) == ("resnet18", "all", usual.student)
+        shown = " ".join(CliRunner().invoke(cli.app, [recipe, "--help"]).output.replace("│", " ").split())
+        stays = "Teacher alone, read at all its layers; the student stays a ResNet"
+        assert (stays in shown) == (made.student.name != "") == (recipe == "resnet50")
+        assert ("Teacher and student, read at all layers" in shown) == (recipe != "resnet50")
