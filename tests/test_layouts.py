@@ -299,6 +299,15 @@ def test_wrong_specs_are_one_line(spec, told):
     assert "\n" not in str(error.value)
 
 
+def test_a_missing_folder_is_met_with_its_like_and_not_with_any_short_name(tmp_path):
+    for name in ("opt", "KAIST"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"no folder {tmp_path}/nope\. Check the path"):
+        layouts.load(f"kaist:{tmp_path}/nope")
+    with pytest.raises(DataError, match='Did you mean "KAIST"'):
+        layouts.load(f"kaist:{tmp_path}/KAITS")
+
+
 @pytest.mark.parametrize("name", sorted(set(layouts.LAYOUTS) - {"synthetic", "folder", "csv"}))
 def test_missing_and_empty_folders_are_one_line(tmp_path, name):
     (tmp_path / "here").mkdir()
@@ -325,7 +334,6 @@ def test_descriptions_carry_the_published_counts():
 
 
 def test_synthetic_pairs_need_no_files():
-    pytest.importorskip("freqkd_analysis.data.synthetic")
     records = layouts.load("synthetic")
     sample = layouts.decode(records[0], layouts.resolve_conversion(records))
     assert sample.rgb.shape == (*sample.ir.shape, 3)

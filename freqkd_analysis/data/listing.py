@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from freqkd_analysis.data.decode import SUFFIXES
-from freqkd_analysis.errors import DataError, nearest
+from freqkd_analysis.errors import DataError, nearest, nearest_folder
 
 RENDERED = "SYNTHETIC.md"
 """The file by which a rendered set says that it is one."""
@@ -25,8 +25,7 @@ def existing(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise DataError(f"no folder {path}.{nearest(path.name, beside)} Check the path.")
+        raise DataError(f"no folder {path}.{nearest_folder(path)} Check the path.")
     return path
 
 
