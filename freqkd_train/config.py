@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from freqkd_analysis import provenance, schema, shards
 from freqkd_analysis.errors import FreqkdError, RunError, nearest
+from freqkd_train import yaml_text
+from freqkd_train.yaml_text import SETTINGS_CAP, NoYaml
 
 S = TypeVar("S", bound="Section")
-SETTINGS_CAP = 2**17
-"""Most bytes of a settings file; a run's own has 3 kB, and a parser in Python takes a second for this much."""
 
 
 class ConfigError(FreqkdError):
@@ -276,32 +276,8 @@ def _told(error: ValidationError, section: type[BaseModel]) -> str:
     if told["type"] == "extra_forbidden":
         return f'no setting "{where}".{nearest(where, all_keys(section))}'
     message = str(told["msg"]).removeprefix("Value error, ")
-    message, got = message[:1].lower() + message[1:], _cut(repr(told["input"]))
+    message, got = message[:1].lower() + message[1:], yaml_text.cut(repr(told["input"]))
     return f"{where}: {message}, got {got}." if where and told["type"] != "value_error" else f"{message}."
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases: ten lines of them can stand for more lists than memory holds, and settings need none."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not taken", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-
-def _loaded(text: str | bytes) -> Any:
-    """The content of a YAML text. Raises ConfigError: why it is none."""
-    try:
-        found = _Loader(text).get_single_data()
-        repr(found)  # a number of thousands of digits cannot be written, so it can be no setting
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, lists thousands deep
-        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-        raise ConfigError("is no YAML" + (f" (line {mark.line + 1}: {_cut(problem or '')})" if mark else "")) from None
-    return found
 
 
 def read(path: Path) -> Config:
@@ -318,8 +294,8 @@ def tree(path: Path) -> dict[str, Any]:
     if len(content) > SETTINGS_CAP:
         raise ConfigError(f"{path} is no settings file: it holds more than {SETTINGS_CAP >> 10} KiB.")
     try:
-        found = _loaded(content)
-    except ConfigError as error:
+        found = yaml_text.loaded(content)
+    except NoYaml as error:
         raise ConfigError(f"{path} {error}.") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected settings such as `loss: {{name: released}}`, got {type(found).__name__}.")
@@ -352,19 +328,9 @@ def assignment(word: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f'expected --set KEY=VALUE, got "{word}".')
     try:
-        return key.strip(), _number(_loaded(value)) if value.strip() else ""
-    except ConfigError:
-        raise ConfigError(f"--set {key}: {_cut(value)} is no YAML value.") from None
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 (no dot) as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return [_number(item) for item in value] if isinstance(value, list) else value
+        return key.strip(), yaml_text.value(value)
+    except NoYaml:
+        raise ConfigError(f"--set {key}: {yaml_text.cut(value)} is no YAML value.") from None
 
 
 def difference(a: S, b: S) -> dict[str, tuple[Any, Any]]:

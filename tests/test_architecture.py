@@ -30,6 +30,7 @@ ROWS = """
     __main__
 """
 TRAIN_ROWS = """
+    yaml_text
     config  metrics.boxes  metrics.card  metrics.miou
     checkpoint  schedule  metrics_file  downstream  annotation_files  metrics.matching
     faults  losses  baselines  transforms  kaist_annotations  metrics.kaist
