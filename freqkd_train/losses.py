@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from freqkd_analysis.bands import Bands
-from freqkd_analysis.errors import FreqkdError, RunError, first, nearest
+from freqkd_analysis.errors import FreqkdError, RunError, first, nearest, nearest_folder
 from freqkd_analysis.provenance import NUMBER, read_object
 from freqkd_analysis.spectral import STANDARDIZATIONS, BandFilter, band_filter, standardize
 
@@ -365,13 +365,13 @@ def measured_settings(run: Path, taps: Mapping[str, tuple[Grid, int]], rule: str
     """
     path, again = run / "band_weights.json", "write it again: freqkd-analyze summarize RUN."
     if not path.is_file():
-        raise RunError(f"no band_weights.json in {run}; expected the folder of a finished `freqkd-analyze layers` run.")
+        what = f"no band_weights.json in {run}." if run.is_dir() else f"no run folder {run}.{nearest_folder(run)}"
+        raise RunError(f"{what} Expected the folder of a finished `freqkd-analyze layers` run.")
     content = read_object(path, _WEIGHTS, again)
     text, layers = bands or content["bands"]["text"], {entry["tap"]: entry for entry in content["layers"]}
     if normalize not in ("none", "band"):
         raise FreqkdError(f'expected normalize none|band, got "{normalize}".')
-    weights: dict[str, list[Any]] = {}
-    energy: dict[str, list[Any]] = {}
+    weights, energy = dict[str, list[Any]](), dict[str, list[Any]]()
     for tap, (grid, stride) in taps.items():
         if tap not in layers:
             raise RunError(f'{path} has no tap "{tap}", only {first(layers)}.{nearest(tap, layers)} Measure these '

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from freqkd_analysis.errors import RunError, nearest
+from freqkd_analysis.errors import RunError, nearest, nearest_folder
 from freqkd_train import checkpoint, export, job
 from freqkd_train import config as files
 from freqkd_train import student as students
@@ -61,10 +61,13 @@ def _checkpoint(run: Path, which: str, say: Say) -> checkpoint.State:
 
 
 def replay(bundle: Path, say: Say) -> dict[str, Any]:
-    """Loss and terms of the step that a run stopped at."""
+    """Loss and terms of the step that a run stopped at. Raises RunError for what is no bundle of a run."""
     from freqkd_train import engine
 
-    if not (bundle.parent / "config.yaml").is_file():
-        raise RunError(f"{bundle} is no nonfinite-step-N folder inside the folder of a `distill` run.")
-    made = _prepared(bundle.parent, say)
+    what = "a bundle is the folder RUN/nonfinite-step-N that a `distill` run leaves where a step was not finite"
+    if not bundle.is_dir():
+        raise RunError(f"no bundle {bundle}.{nearest_folder(bundle)} For `replay`, {what}.")
+    if not (bundle.resolve().parent / "config.yaml").is_file():
+        raise RunError(f"{bundle} is no bundle in the folder of a run: {what}.")
+    made = _prepared(bundle.resolve().parent, say)
     return engine.replay(bundle, made.step)

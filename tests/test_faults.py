@@ -11,8 +11,8 @@ import torch
 from tiny_training import PAIRS, SETTINGS, Samples, Student, train
 from torch import Tensor
 
-from freqkd_analysis.errors import FreqkdError, NonFiniteError
-from freqkd_train import checkpoint, engine, faults, schedule
+from freqkd_analysis.errors import FreqkdError, NonFiniteError, RunError
+from freqkd_train import checkpoint, engine, faults, revisit, schedule
 
 STEP = 7
 IDS = [f"pair-{i}" for _, i in schedule.keys(7, STEP - 1, PAIRS, SETTINGS.batch)]
@@ -106,6 +106,17 @@ def test_a_replay_gives_the_numbers_of_the_step(tmp_path: Path) -> None:
 def test_no_bundle_to_replay(tmp_path: Path) -> None:
     with pytest.raises(FreqkdError, match="no bundle in .*; expected a folder such as RUN/nonfinite-step-12"):
         engine.replay(tmp_path, Student())
+
+
+def test_what_is_no_bundle_is_told_with_what_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    what = r"a bundle is the folder RUN/nonfinite-step-N that a `distill` run leaves"
+    (tmp_path / "nonfinite-step-12").mkdir()
+    for path, says in (("nope", r"no bundle nope\. For `replay`, "), (".", r"\. is no bundle in the folder of a run: "),
+                       ("nonfinite-step-1", r'no bundle nonfinite-step-1\. Did you mean "nonfinite-step-12"\? .*'),
+                       ("nonfinite-step-12", "nonfinite-step-12 is no bundle in the folder")):  # fmt: skip
+        with pytest.raises(RunError, match=says if path == "nonfinite-step-12" else says + what):
+            revisit.replay(Path(path), print)
 
 
 def test_a_rate_that_diverges_is_stopped(tmp_path: Path) -> None:

@@ -279,8 +279,16 @@ def test_a_rule_that_was_not_computed_says_why(run):
 
     with pytest.raises(FreqkdError, match=r'"precision" for tap "blocks.1" \(not computed: the run has no coherence'):
         measured_settings(altered(run, without), PLACES, "precision")
-    with pytest.raises(FreqkdError, match="band_weights.json is not readable"):
-        measured_settings(run / "nowhere", PLACES)
+
+
+def test_a_run_that_is_not_there_is_named_with_its_like(run):
+    (run / "band_weights.json").rename(run / "weights.json")
+    with pytest.raises(FreqkdError, match=rf"no band_weights\.json in {run}\. Expected the folder of a finished"):
+        measured_settings(run, PLACES)
+    with pytest.raises(FreqkdError, match=rf'no run folder {run}s\. Did you mean "{run.name}"\? Expected the folder'):
+        measured_settings(run.with_name(f"{run.name}s"), PLACES)
+    with pytest.raises(FreqkdError, match=rf"no run folder {run}/nope\. Expected the folder"):
+        measured_settings(run / "nope", PLACES)
 
 
 # Shares ----------------------------------------------------------------------------------------------------------
