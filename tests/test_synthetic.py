@@ -309,6 +309,17 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
         synthetic.write(tmp_path / "new", "kasit")
 
 
+def test_the_folder_one_stands_in_is_filled_when_it_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.` was rendered into a folder beside it to the last pair, then refused; of a full one nothing is rendered."""
+    monkeypatch.chdir(tmp_path)
+    synthetic.write(Path(), "folder", "pairs=2,groups=1,size=64x48")
+    assert len(list(Path.cwd().glob("visible/*.png"))) == 2
+    drawn: list[int] = []
+    with pytest.raises(DataError, match="exists and is not empty"):
+        synthetic.write(Path(), "folder", "pairs=2,groups=1,size=64x48", lambda done, total: drawn.append(done))
+    assert drawn == []
+
+
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt

@@ -35,7 +35,7 @@ def write(out: Path, layout: str, options: str = "", progress: Progress | None =
     """Write a synthetic set into a new or empty folder, in the layout of a public data set.
 
     Args:
-        out: folder to fill; it appears when the set is whole.
+        out: folder to fill; it appears, or is filled where it is there and empty, when the set is whole.
         layout: kaist, flir (v1 aligned), mfnet or folder (visible/ and infrared/, with a manifest for `kit:`).
         options: as for `records`; the size defaults to the layout's own.
         progress: told (pairs written, pairs in all) after each pair.
@@ -55,18 +55,21 @@ def write(out: Path, layout: str, options: str = "", progress: Progress | None =
     if "size=" not in options:
         options = ",".join(filter(None, (options, f"size={SIZES[layout]}")))
     planned = scenes.records(options)
+    place = out.resolve()  # `.` is its own parent
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         part.chmod(0o755)
     except OSError as error:
         raise DataError(f"Cannot write {out}: {error.strerror}. Name a folder that can be written.") from None
     try:
         WRITERS[layout](part, planned, progress)
         lines(part / listing.RENDERED, [f"Rendered scenes in the layout of {layout}, not the data set: {options}."])
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
+        if out.exists():  # kept, not replaced: somebody may stand in it
+            for path in part.iterdir():
+                path.rename(out / path.name)
+        else:
+            part.rename(out)
     except OSError as error:
         raise DataError(
             f"Cannot write {out}: {error.strerror}. Nothing was kept; free some space and repeat."
