@@ -211,17 +211,22 @@ class Going:
         return third
 
     def _student(self, name: str, seed: int) -> Path:
-        folder = self.students / "distil" / f"{name}-{seed}"
         if self.study.students:
-            if not (folder / export.STUDENT).is_file():
-                there = sorted(path.parent.name for path in self.students.glob(f"distil/*/{export.STUDENT}"))
-                raise RunError(f"no student {folder.name} in {self.students}/distil, which holds "
-                               f"{first(there) or 'none'}; distil it there first.")  # fmt: skip
-            return folder
+            return self._taken(name, seed)
+        folder = self.students / "distil" / f"{name}-{seed}"
         weights_from = self._analysed() if arms.needs_analysis(name) else None
         settings = arms.distillation(self.study, name, seed, self.pairs, weights_from)
         inputs = {"weights": provenance.sha256_file(weights_from / "band_weights.json")} if weights_from else {}
         stage(DISTIL, folder, config.flat(settings), inputs, partial(self._distil, settings), self.say)
+        return folder
+
+    def _taken(self, name: str, seed: int) -> Path:
+        """A finished distillation of the study that the students come from. Raises RunError where there is none."""
+        folder = self.students / "distil" / f"{name}-{seed}"
+        if not (folder / export.STUDENT).is_file():
+            there = sorted(path.parent.name for path in self.students.glob(f"distil/*/{export.STUDENT}"))
+            raise RunError(f"no student {folder.name} in {self.students}/distil, which holds "
+                           f"{first(there) or 'none'}; distil it there first.")  # fmt: skip
         return folder
 
     def _tuned(self, name: str) -> Path:
@@ -270,12 +275,19 @@ class Going:
         if not self.study.students:
             pairs = training_pairs(self.study, self.spec, self.out)
             return pairs, arms.distillation(self.study, "none", 0, pairs, None).data.exclude
-        found = sorted(self.students.glob("distil/*/config.yaml"))
-        if not found:
+        if not any(self.students.glob("distil/*/config.yaml")):
             raise RunError(f"{self.students} is no study: it holds no distil/*/config.yaml; expected the folder of a "
                            "`freqkd-train kaist` or the like.")  # fmt: skip
-        data = config.read(found[0]).data
-        return data.spec, data.exclude
+        names = dict.fromkeys(ARMS[method].student for method in self.order())
+        folders = [self._taken(name, seed) for seed in self.study.seeds for name in names]
+        data = {folder.name: config.read(folder / "config.yaml").data for folder in folders}
+        (name, of), *others = ((name, (found.spec, found.exclude)) for name, found in data.items())
+        for other, found in others:
+            if found != of:
+                words = [f"{pairs} without {exclude or 'nothing'}" for pairs, exclude in (of, found)]
+                raise RunError(f"{self.students}/distil holds students of unlike pairs: {name} of {words[0]}, {other} "
+                               f"of {words[1]}. Take those of one set.")  # fmt: skip
+        return of
 
     def _check_leak(self) -> None:
         """No test frame among the pairs of stage 1. Once, then remembered by the names on both sides."""

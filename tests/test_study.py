@@ -194,6 +194,32 @@ def test_students_and_backbones_of_another_study(detected, tmp_path, monkeypatch
         study.run(tiny("mfnet", students=str(tmp_path / "nowhere")), tmp_path / "o", quiet, ["test"])
 
 
+def test_all_students_that_are_taken_say_which_pairs_they_saw(tmp_path, monkeypatch):
+    """The first folder of the alphabet spoke for all: the leak check looked at pairs that the others never saw."""
+    specs = {"cosine-0": "kaist:others", "freqkd-0": "kaist:theirs", "mse-0": "kaist:theirs", "none-0": "kaist:theirs"}
+    for name, spec in specs.items():
+        exclude = "left_out.txt" if name == "none-0" else ""
+        config.write(tmp_path / f"distil/{name}/config.yaml", config.Config().updated(
+            {"data.spec": spec, "data.exclude": exclude}))  # fmt: skip
+        (tmp_path / f"distil/{name}/student.safetensors").touch()
+    monkeypatch.setattr(study.Going, "_check_leak", lambda self: None)
+
+    def going(*names: str) -> study.Going:
+        asked = tiny("kaist", data="kaist:x", names=names, students=str(tmp_path))
+        return study.Going(asked, tmp_path / "out", quiet, ["test"])
+
+    taken = going("mse", "freqkd")
+    assert (taken.pairs, taken.exclude) == ("kaist:theirs", "")
+    with pytest.raises(RunError, match=r"freqkd-0 of kaist:theirs without nothing, cosine-0 of kaist:others"):
+        going("freqkd", "cosine")
+    with pytest.raises(
+        RunError, match=r"unlike pairs: none-0 of .* without left_out\.txt, mse-0 of .* without nothing"
+    ):
+        going("none", "mse")
+    with pytest.raises(RunError, match=r"no student shuffled-0 in .*; distil it there first"):
+        going("mse", "shuffled")
+
+
 def test_the_pairs_of_stage_1_are_listed_once_for_their_check(detected, tmp_path, monkeypatch):
     listed, load = [], study.layouts.load
     monkeypatch.setattr(
