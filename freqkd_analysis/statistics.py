@@ -195,25 +195,11 @@ def _quantile(ordered: Array, probability: Array, valid: Array) -> Array:
     return ordered[lower, column] * (1.0 - share) + ordered[upper, column] * share
 
 
-def ratio_of_means(totals: Array) -> Array:
-    """(sum a / n a) / (sum b / n b) from columns (..., 4R) = [sum a, n a, sum b, n b], each R wide. The default."""
-    sum_a, n_a, sum_b, n_b = np.split(totals, 4, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (sum_a / n_a) / (sum_b / n_b)
-
-
 def mean(totals: Array) -> Array:
     """sum / n from columns (..., 2R) = [sum, n], each R wide. Of pairwise quotients this is the mean of ratios."""
     total, n = np.split(totals, 2, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return total / n
-
-
-def difference_of_means(totals: Array) -> Array:
-    """sum a / n a - sum b / n b, columns as in `ratio_of_means`."""
-    sum_a, n_a, sum_b, n_b = np.split(totals, 4, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sum_a / n_a - sum_b / n_b
 
 
 def mean_over_pairs(values: Array) -> Array:

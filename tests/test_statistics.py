@@ -9,11 +9,26 @@ import pytest
 import scipy.stats
 
 from freqkd_analysis import statistics
+from freqkd_analysis.calibration import Means
+from freqkd_analysis.divergence import Cube
 
 
-def ratio_columns(high: np.ndarray, low: np.ndarray, index: np.ndarray, groups: int) -> np.ndarray:
-    parts = [part for v in (high, low) for part in statistics.group_sums(v, index, groups)]
-    return np.stack(parts, axis=1)
+def means(high: np.ndarray, low: np.ndarray, names: list[str], draws: int = 2000, seed: int = 0) -> Means:
+    """The pipeline's own means of a low and a high band, one layer, a pair a row in the group `names` gives it."""
+    pairs = tuple(f"p{i:05d}" for i in range(len(high)))
+    values = np.stack([low, high], axis=1)[:, None, :, None]
+    cube = Cube((0,), ("low", "high"), ("cosine",), {"paired": pairs}, {"paired": tuple(names)}, {"paired": values})
+    return Means(cube, ["paired"], "cosine", (0, 1), draws, seed)
+
+
+def grouped(index: np.ndarray) -> list[str]:
+    """Groups whose order by name is that of their numbers."""
+    return [f"g{i:04d}" for i in index]
+
+
+def ratio(of: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """High over low, as the calibration derives it."""
+    return {"ratio": of["paired"][..., 1] / of["paired"][..., 0]}
 
 
 def clustered(rng: np.random.Generator, groups: int, share: float = 0.6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,29 +64,28 @@ def test_few_groups_widen_the_interval_by_students_t(rng):
 
 def test_draws_equal_resampling_rows_one_by_one(rng):
     high, low, index = clustered(rng, 6)
-    weights = statistics.bootstrap_weights(6, 20, 3)
-    draws = statistics.ratio_of_means(statistics.resample(ratio_columns(high, low, index, 6), weights).draws[:, :])
-    for weight, got in zip(weights.astype(int), draws[:, 0], strict=True):
+    told = means(high, low, grouped(index), draws=20, seed=3)
+    draws = ratio(told._of(told.totals.draws))["ratio"]
+    for weight, got in zip(statistics.bootstrap_weights(6, 20, 3).astype(int), draws[:, 0], strict=True):
         rows = np.concatenate([np.flatnonzero(index == g) for g in np.repeat(np.arange(6), weight)])
         assert got == pytest.approx(high[rows].mean() / low[rows].mean(), rel=1e-12)
 
 
 def test_jackknife_leaves_one_group_out(rng):
     high, low, index = clustered(rng, 5)
-    without = statistics.ratio_of_means(
-        statistics.resample(ratio_columns(high, low, index, 5), np.ones((1, 5))).jackknife
-    )
+    told = means(high, low, grouped(index), draws=1)
+    without = ratio(told._of(told.totals.jackknife))["ratio"]
     for g in range(5):
         keep = index != g
         assert without[g, 0] == pytest.approx(high[keep].mean() / low[keep].mean(), rel=1e-12)
 
 
 def test_two_names_for_two_ratios():
+    """The ratio of means 2.5 is not the mean of ratios 2; the difference of means is 3."""
     high, low = np.array([1.0, 9.0]), np.array([1.0, 3.0])
-    columns = np.array([high.sum(), 2, low.sum(), 2])
-    assert statistics.ratio_of_means(columns)[0] == 2.5
+    told = means(high, low, ["a", "b"]).each(lambda of: {**ratio(of), "difference": of["paired"] @ np.array([-1.0, 1])})
+    assert (told["ratio"].estimate.tolist(), told["difference"].estimate.tolist()) == ([2.5], [3.0])
     assert statistics.mean(np.array([(high / low).sum(), 2]))[0] == 2.0
-    assert statistics.difference_of_means(columns)[0] == 3.0
 
 
 def test_nan_counts_as_absent():
@@ -115,11 +129,8 @@ def test_a_pair_without_a_group_stands_for_itself():
 def test_the_order_of_pairs_does_not_matter(rng):
     high, low, index = clustered(rng, 11)
     order = rng.permutation(len(high))
-    weights = statistics.bootstrap_weights(11)
-    a = statistics.interval(ratio_columns(high, low, index, 11), statistics.ratio_of_means, weights)
-    b = statistics.interval(
-        ratio_columns(high[order], low[order], index[order], 11), statistics.ratio_of_means, weights
-    )
+    rows = (high, low, np.array(grouped(index)))
+    a, b = (means(*some).each(ratio)["ratio"] for some in (rows, [part[order] for part in rows]))
     np.testing.assert_allclose([a.low, a.high], [b.low, b.high], rtol=1e-12)
 
 
@@ -165,12 +176,8 @@ def test_coverage_of_the_cluster_interval_and_failure_of_the_frame_wise_one(grou
     rng, hits, n = np.random.default_rng(1), np.zeros(2), 1000
     for i in range(n):
         high, low, index = clustered(rng, groups)
-        columns = ratio_columns(high, low, index, groups)
-        frames = ratio_columns(high, low, np.arange(len(high)), len(high))
-        worth = statistics.units([str(j) for j in range(len(index))], [str(g) for g in index]).effective
-        for k, (rows, draws, size) in enumerate(((columns, 1000, worth), (frames, 200, None))):
-            weights = np.random.default_rng(i).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
-            got = statistics.interval(rows, statistics.ratio_of_means, weights.astype(float), size)
+        for k, (names, draws) in enumerate(((grouped(index), 1000), ([""] * len(index), 200))):
+            got = means(high, low, names, draws, seed=i).each(ratio)["ratio"]
             hits[k] += got.low[0] <= 2 <= got.high[0]
     by_group, by_frame = hits / n
     assert 0.92 <= by_group <= 0.98
