@@ -29,9 +29,6 @@ def test_entry_points_name_functions_that_are_there() -> None:
     assert set(scripts) == {"freqkd-analyze", "freqkd-train"}
     for target in scripts.values():
         module, function = target.split(":")
-        path = ROOT / (module.replace(".", "/") + ".py")
-        if not path.exists():
-            pytest.skip(f"{module} is not written yet")
         assert callable(getattr(importlib.import_module(module), function))
 
 
@@ -100,10 +97,8 @@ def test_ci_points_to_the_data_beside_the_checkout_and_passes_failure_on(tmp_pat
 
 
 def test_the_first_commands_of_the_readme_are_the_two_makes() -> None:
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md is not written yet")
-    commands = re.findall(r"^\s*(?:\$ )?((?:make|pip|python3?|freqkd-\w+|git|source|cd) .*)$", readme.read_text(), re.M)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\s*(?:\$ )?((?:make|pip|python3?|freqkd-\w+|git|source|cd) .*)$", readme, re.M)
     commands = [c for c in commands if not c.startswith(("git clone", "cd "))]
     assert [" ".join(c.split("#")[0].split()) for c in commands[:2]] == ["make analyze", "make test"]
 
