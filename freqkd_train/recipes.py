@@ -38,7 +38,7 @@ def kaist(preset: str = "compact") -> Config:
 
     Source: FreqKD, its release's stage-1 configuration (preset `paper`). Deviations of `paper`: the rate falls along
     the cosine every step instead of every epoch; one process with accumulation instead of four GPUs.
-    Command: freqkd-train distill --recipe kaist --preset paper --data kaist:KAIST:train-all-02.txt
+    Command: freqkd-train distill --recipe kaist --preset paper --data kaist:KAIST:train-all-02
     Hours: 4 x A40 in the release, not told; not measured here.
     Expected: no score of its own; the detector built on it reaches 64.1 mAP50 in the paper, 61.7 without it.
     """
@@ -51,7 +51,7 @@ def resnet50(preset: str = "compact") -> Config:
     """Cross-architecture: a ViT teacher into a ResNet-50 student, four stages, 1x1 projectors, all weights trained.
 
     Source: FreqKD, its release's ResNet-50 configuration (blocks 7, 15, 21, 23 to stages 0 to 3; preset `paper`).
-    Command: freqkd-train distill --recipe resnet50 --preset paper --data kaist:KAIST:train-all-02.txt
+    Command: freqkd-train distill --recipe resnet50 --preset paper --data kaist:KAIST:train-all-02
     Hours: not told in the release; not measured here.
     Expected: +1.0 mAP50 of the detector in the paper.
     """
