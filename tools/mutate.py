@@ -35,6 +35,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_spectral.py",
         "tests/test_standardize.py",
         "tests/test_registration.py",
+        "tests/test_losses_reference.py",
     ),
     "freqkd_analysis/statistics.py": ("tests/test_statistics.py",),
     "freqkd_train/losses.py": ("tests/test_losses_reference.py", "tests/test_losses.py"),
