@@ -131,6 +131,8 @@ def distillation(study: str, arm: str, seed: int, measured: str, words: list[str
     """Stage 1 of one arm; its folder is where `--students runs/STUDY` looks for it."""
     changes = {key: str(value).replace(" ", "") for key, value in STUDENTS[arm].items()}
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    # Stored teacher features come of other batches, and after a hundred steps their rounding shows: as it was run.
+    sets += ["--cache-gb", "0" if arm == "shuffled" or study in WHOLE else "4"]
     if STUDENTS[arm].get("loss.name") == "measured":
         sets += ["--weights-from", str(RUNS / measured)]
     head = ("freqkd_train", "distill", "--batch-size", "8", "--seed", str(seed))
