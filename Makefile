@@ -41,12 +41,14 @@ audit: test-install
 	@$(BIN)/python tools/audit.py $(ARGS)
 
 # The runs behind RESULTS.md that are not in runs/ yet (ONLY='vit* lite0': some), then the tables. SUBSETS and DETECTORS
-# read the data's lists.
+# read the data's lists, so they need FREQKD_TEST_DATA.
 ONLY ?=
 RUNS ?= $(patsubst %/verdict.json,%,$(wildcard runs/*/verdict.json))
 DISTILLED ?= $(patsubst %/heldout/change.csv,%,$(wildcard runs/*/distil/*/heldout/change.csv))
-SUBSETS ?=
-DETECTORS ?=
+PUBLISHED := $(FREQKD_TEST_DATA)/data/benchmarks/kaist/published_results
+PARTED := $(patsubst %,runs/%,vit vit-random lite0 lite0-random lite2 mnv2 mnv2-random)
+SUBSETS ?= $(if $(and $(FREQKD_TEST_DATA),$(filter 7,$(words $(wildcard $(PARTED:%=%/divergence.parquet))))),$(PARTED))
+DETECTORS ?= $(if $(FREQKD_TEST_DATA),$(wildcard $(PUBLISHED)/KAIST_annotation.json $(PUBLISHED)/*_result.txt*))
 DOWNSTREAM ?= $(patsubst %/compare/compare.csv,%,$(wildcard runs/*/compare/compare.csv))
 
 study: install
