@@ -105,12 +105,12 @@ def ratios() -> str:
     """High over low by measure (raw), of unrelated scenes, and without the mean map, calibrated."""
     rows = []
     for name, run in whole().items():
-        raw = [told(all_row(run, "paired", m)) for m in ("cosine", "nmse", "mse", "mse_per_mode")]
+        raw = [told(all_row(run, "paired", m)) for m in ("cosine", "nmse", "mse")]
         asked = all_row(run, run.condition, run.measure)
         rows.append([f"`{name}`", network(run), *raw, told(all_row(run, "shuffled", run.measure)), told(asked),
                      f"**{told(asked, 'calibrated_ratio', 'calibrated_ci')}**", asked["verdict"]])  # fmt: skip
-    head = ["run", "network, input", "cosine", "nmse", "mse", "mse per mode", "unrelated scenes, cosine",
-            "cosine, mean map removed", "calibrated", "verdict"]  # fmt: skip
+    head = ["run", "network, input", "cosine", "nmse", "mse", "unrelated scenes, cosine", "cosine, mean map removed",
+            "calibrated", "verdict"]  # fmt: skip
     return markdown(head, rows)
 
 
