@@ -113,7 +113,8 @@ def _manifest(run: Run, name: str) -> dict[str, Any]:
     content |= {"n": run.get("data", "n"), "seed": run.get("config", "seed")}
     if run.get("derived_from"):
         floor = run.verdict["floor"]
-        content["summarized"] = ["freqkd-analyze", "summarize", f"runs/{run.get('derived_from')}", "--floor", floor]
+        content["summarized"] = ["freqkd-analyze", "summarize", f"runs/{run.get('derived_from')}", "--floor", floor,
+                                 "--out", f"runs/{name}"]  # fmt: skip
     return content
 
 
