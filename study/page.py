@@ -19,8 +19,8 @@ from freqkd_analysis import schema
 from freqkd_analysis.errors import FreqkdError, first, nearest
 
 TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    differ.account, differ.ratios, differ.floors, differ.script, differ.layers, differ.controls, differ.subsets,
-    differ.displacement, differ.commands,
+    differ.account, differ.ratios, differ.floors, differ.script, differ.layers, differ.windows, differ.controls,
+    differ.subsets, differ.displacement, differ.commands,
     trained.heldout, trained.shared, trained.arms, trained.downstream, trained.downstream_runs, trained.students,
     trained.detectors,
 )}  # fmt: skip
