@@ -14,6 +14,7 @@ BANDS = {"low": (plots.BLUE, "o", -0.14), "high": (plots.ORANGE, "s", 0.14)}
 table = pd.read_csv(RESULTS / "distilled" / "heldout.csv")
 table = table[(table["measure"] == "calibrated cosine") & table["band"].isin(BANDS)]
 table = table[table["study"].isin(STUDENTS) & (table["arm"] != "none") & (table["seed"] == 0)]
+table = table[~table["arm"].str.startswith("cutoff")]
 
 
 def draw(rows: pd.DataFrame, ax: Axes) -> None:
