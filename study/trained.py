@@ -19,7 +19,7 @@ RUN_ALONE = ("--out ", "--seed ", "--cache-gb ", "--device ")
 
 
 def heldout() -> str:
-    """Held-out pairs before and after each loss, calibrated cosine: the first seed, then all."""
+    """Held-out pairs before and after each loss, calibrated cosine, of the first seed."""
     table = pd.read_csv(RESULTS / "distilled" / "heldout.csv", keep_default_na=False)
     table = table[table["measure"] == "calibrated cosine"]
     rows = []
@@ -27,10 +27,9 @@ def heldout() -> str:
         row = [f"`{study}`", f"`{name}`"]
         for band in HELD:
             seeds = some[some["band"] == band].sort_values("seed").to_dict("records")
-            row += [f"{seeds[0]['before']:.3f}, {change(seeds[0])}", gap(seeds[0]), over(seeds)]
+            row += [f"{seeds[0]['before']:.3f}, {change(seeds[0])}", gap(seeds[0])]
         rows.append(row)
-    heads = [text for band in HELD for text in (f"{band} band: before, change", f"{band}: to `mse`",
-                                                f"{band}: change, mean of seeds")]  # fmt: skip
+    heads = [text for band in HELD for text in (f"{band} band: before, change", f"{band}: to `mse`")]
     return markdown(["study", "arm", *heads], rows)
 
 
@@ -41,14 +40,6 @@ def gap(row: dict[str, Any]) -> str:
     value, low, high = (float(row[name]) for name in ("to_mse", "to_mse_low", "to_mse_high"))
     text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def over(seeds: list[dict[str, Any]]) -> str:
-    """Mean change over seeds with the smallest and the largest; nothing for one seed."""
-    values = [row["change"] for row in seeds]
-    if len(values) < 2:
-        return ""
-    return f"{math.fsum(values) / len(values):+.3f} ({min(values):+.3f} to {max(values):+.3f}; {len(values)})"
 
 
 def change(row: dict[str, Any]) -> str:

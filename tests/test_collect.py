@@ -330,7 +330,7 @@ def test_runs_are_chosen_by_name(study: dict[str, ModuleType], three: Path) -> N
         study["run"].main(["won"])
 
 
-def test_every_result_is_of_a_run_of_the_study(
+def test_every_result_is_of_a_run_of_the_study_and_every_run_has_one(
     study: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data" / "pairs").mkdir(parents=True)
@@ -344,7 +344,8 @@ def test_every_result_is_of_a_run_of_the_study(
         for one in json.loads((results / "distilled/manifest.json").read_text())["arms"]
     }
     studies = {one["study"] for one in json.loads((results / "downstream/manifest.json").read_text())["studies"]}
-    assert analyses | arms | studies <= set(names)
+    # Students and analyses of all pairs leave numbers in the studies alone that take them.
+    assert analyses | arms | studies == {name for name in names if not name.startswith(("vit-all/", "lite0-all/"))}
     monkeypatch.delenv("FREQKD_TEST_DATA")
     with pytest.raises(FreqkdError, match="expected FREQKD_TEST_DATA to name a folder with data/pairs"):
         study["jobs"].jobs()
