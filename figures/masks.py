@@ -25,8 +25,8 @@ def draw(rows: pd.DataFrame, ax: Axes) -> None:
         weights = Bands.parse(text, GRID).weights
         low = np.fft.fftshift(np.where(weights.sum(axis=0) > 0, weights[0], np.nan))
         one.imshow(low, cmap="cividis", extent=(-0.5, 0.5, 0.5, -0.5), vmin=0, vmax=1)
-        one.set(title=words, xlabel="cycles per token", xticks=[-0.5, 0, 0.5], yticks=[-0.5, 0, 0.5])
-    maps[0].set_ylabel("cycles per token")
+        one.set(title=words, xlabel="cycles / token", xticks=(-0.5, 0, 0.5), yticks=())
+    maps[0].set(ylabel="cycles / token", yticks=(-0.5, 0, 0.5))
     for slope, part in rows.groupby("slope"):
         words, colour, marker = SLOPES[slope]
         below.plot(part["side"], part["lost_percent"], color=colour, marker=marker, ms=2, label=words)
