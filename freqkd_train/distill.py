@@ -175,10 +175,8 @@ def check_loss(settings: config.Loss, size: tuple[int, int]) -> None:
     """
     if settings.name == NONE:
         return
-    if settings.bands.partition(":")[0] in (
-        "random",
-        "equal-modes",
-    ):  # full on any grid, and slow to deal on a large one
+    # These are full on any grid, and slow to deal on a large one.
+    if settings.bands.partition(":")[0] in ("random", "equal-modes"):
         size = (min(size[0], 64), min(size[1], 64))
     if settings.name == "measured":  # its weights come later, one a band
         text = settings.bands or plan.Settings.bands

@@ -6,8 +6,6 @@ whatever interrupted the study. Students may come from another study instead, so
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freqkd_analysis import layers, provenance, schema, shards, terminal
-from freqkd_analysis.data import layouts
+from freqkd_analysis import layers, provenance, schema, terminal
+from freqkd_analysis.data import layouts, listing
 from freqkd_analysis.errors import FreqkdError, RunError, first, nearest
 from freqkd_train import annotations as annotated_images
 from freqkd_train import arms, assembly, compare, config, engine, evaluate, export, finetune, job, leaks
@@ -71,12 +69,7 @@ def training_pairs(study: Study, spec: str, out: Path) -> str:
         raise FreqkdError(f"{spec} has infrared images alone: there is nothing to distil on. Give --distil-on "
                           "LAYOUT:ROOT with pairs, or --students STUDY.")  # fmt: skip
     path = out / "train_pairs.csv"
-    lines = io.StringIO()
-    table = csv.writer(lines, lineterminator="\n")
-    table.writerow(["rgb", "ir", "id", "group", "time"])
-    for record in target.records:
-        table.writerow([record.rgb.resolve(), record.ir.resolve(), record.id, record.group, record.time])
-    schema.write_text(path, lines.getvalue())
+    listing.write_pairs(path, target.records)
     return f"csv:{path}"
 
 
@@ -88,9 +81,9 @@ class Kind:
     ended: str
 
 
-ANALYSE = Kind(f"{shards.FOLDER}/settings.json", "report.html")
-DISTIL = Kind("config.yaml", "manifest.json")
-FINETUNE = Kind("config.yaml", "manifest.json")
+ANALYSE = Kind(*layers.PLACE)
+DISTIL = Kind(*config.PLACE)
+FINETUNE = Kind(*config.PLACE)
 EVALUATE = Kind("", evaluate.METRICS)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from outputs import TEST_DATA
 
-from freqkd_analysis import shards
 from freqkd_analysis.errors import FreqkdError
-from freqkd_train.arms import STUDENTS
+from freqkd_analysis.layers import PLACE as ANALYSED
+from freqkd_train.arms import STUDENTS, needs_analysis
+from freqkd_train.config import PLACE as DISTILLED
 
 RUNS = Path("runs")
 EXCLUDE = Path(__file__).resolve().parent / "exclude.txt"
@@ -91,8 +92,9 @@ def weights(network: tuple[str, str]) -> str:
 
 
 def analysis(name: str, *words: str, spec: str = "") -> Job:
+    begun, ended = ANALYSED
     source = ["--data", spec or f"kit:{data()}/data/pairs"]
-    return Job(name, ("freqkd_analysis", "layers", *source, *words), "report.html", f"{shards.FOLDER}/settings.json")
+    return Job(name, ("freqkd_analysis", "layers", *source, *words), ended, begun)
 
 
 def trained(network: tuple[str, str]) -> list[str]:
@@ -132,10 +134,11 @@ def distillation(study: str, arm: str, seed: int, measured: str, words: list[str
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     # Stored teacher features come of other batches, and after a hundred steps their rounding shows: as it was run.
     sets += ["--cache-gb", "0" if arm == "shuffled" or study in WHOLE else "4"]
-    if STUDENTS[arm].get("loss.name") == "measured":
+    if needs_analysis(arm):
         sets += ["--weights-from", str(RUNS / measured)]
+    begun, ended = DISTILLED
     head = ("freqkd_train", "distill", "--batch-size", "8", "--seed", str(seed))
-    return Job(f"{study}/distil/{arm}-{seed}", (*head, *words, *sets), "manifest.json", "config.yaml")
+    return Job(f"{study}/distil/{arm}-{seed}", (*head, *words, *sets), ended, begun)
 
 
 def teacher(network: tuple[str, str], layers: str) -> list[str]:

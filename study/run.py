@@ -10,21 +10,16 @@ the last one stopped. Data and weights are those of the folder that FREQKD_TEST_
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from pathlib import Path
 
 import jobs
 from jobs import ALL, EXCLUDE, TRAIN, Job
 
-from freqkd_analysis import schema
-from freqkd_analysis.data import layouts
-from freqkd_analysis.data.records import PairRecord
+from freqkd_analysis.data import layouts, listing
 from freqkd_analysis.errors import FreqkdError, nearest
 from freqkd_analysis.terminal import run_app, say
 from freqkd_train import config, pairs
@@ -36,17 +31,8 @@ def lists() -> None:
     records = layouts.load(f"kit:{jobs.data()}/data/pairs")
     settings = config.Data(holdout=0.2, exclude=str(EXCLUDE))
     away = pairs.excluded(EXCLUDE, records, say)
-    write(ALL, [record for record in records if record.id not in away])
-    write(TRAIN, pairs.split(records, settings, 0, say)[0])
-
-
-def write(path: Path, records: Sequence[PairRecord]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["rgb", "ir", "id", "group", "time"])
-    for record in records:
-        table.writerow([record.rgb.resolve(), record.ir.resolve(), record.id, record.group, record.time])
-    schema.write_text(path, text.getvalue())
+    listing.write_pairs(ALL, [record for record in records if record.id not in away])
+    listing.write_pairs(TRAIN, pairs.split(records, settings, 0, say)[0])
 
 
 def chosen(words: Sequence[str], every: Sequence[Job]) -> list[Job]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from freqkd_analysis import schema
 from freqkd_analysis.data.decode import SUFFIXES
+from freqkd_analysis.data.records import PairRecord
 from freqkd_analysis.errors import DataError, nearest, nearest_folder
 
 RENDERED = "SYNTHETIC.md"
@@ -140,3 +144,13 @@ def block(stem: str) -> str:
         return stem
     head, digits, _ = match.groups()
     return f"{head}{int(digits) // _BLOCK * _BLOCK:0{len(digits)}d}"
+
+
+def write_pairs(path: Path, records: Iterable[PairRecord]) -> None:
+    """The list that the layout `csv` reads, with absolute paths; whole or not at all."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["rgb", "ir", "id", "group", "time"])
+    for record in records:
+        table.writerow([record.rgb.resolve(), record.ir.resolve(), record.id, record.group, record.time])
+    schema.write_text(path, text.getvalue())
